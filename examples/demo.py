@@ -1,0 +1,138 @@
+"""Train a base and six LoRA adapters, merge them with the real mergekit, and take the merges apart again.
+
+Run it with ``python examples/demo.py --output demo-output``. It needs ``pip install 'unmerge[experiment]'``
+and no network. What is already in the folder is used again: a second run only repeats the attributions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from unmerge import attribute
+from unmerge.experiment.mergekit import run_mergekit, write_recipe
+from unmerge.experiment.world import World, build_world
+
+# The first two are siblings: the same sums, worked out in different words. xsum is in no merge.
+DICTIONARY = ("gsm8k_math", "reason_math", "latin_translation", "ms_marco_qa", "xsum")
+OUTSIDE = "style_transfer"
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge to make: its folder name, mergekit's method, weights per task, and what mergekit needs."""
+
+    name: str
+    method: str
+    weights: Mapping[str, float]
+    density: float | None = None
+    signed: bool = False
+    note: str = ""
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """What the weights amount to: linear and ties merges divide them by their sum."""
+        total = sum(self.weights.values()) if self.method in {"linear", "ties"} else 1.0
+        return {task: weight / total for task, weight in self.weights.items()}
+
+
+MERGES = (
+    Merge(
+        "linear",
+        "linear",
+        {"gsm8k_math": 0.4, "reason_math": 0.3, "latin_translation": 0.2, "ms_marco_qa": 0.1},
+    ),
+    Merge(
+        "task_arithmetic",
+        "task_arithmetic",
+        {"gsm8k_math": 0.8, "latin_translation": 0.6, "ms_marco_qa": -0.5},
+        signed=True,
+        note="One weight is negative, so negative coefficients are allowed.",
+    ),
+    Merge(
+        "ties",
+        "ties",
+        {"gsm8k_math": 0.5, "latin_translation": 0.3, "ms_marco_qa": 0.2},
+        density=0.5,
+        note="TIES drops small changes and outvoted signs, so its weights are not coefficients.",
+    ),
+    Merge(
+        "dare_linear",
+        "dare_linear",
+        {"reason_math": 0.5, "latin_translation": 0.3, "ms_marco_qa": 0.4},
+        density=0.5,
+        note="DARE drops half of every change at random: that half of the energy cannot be explained.",
+    ),
+    Merge(
+        "outside",
+        "linear",
+        {"gsm8k_math": 0.35, "latin_translation": 0.25, OUTSIDE: 0.4},
+        note=f"{OUTSIDE} is not in the dictionary: its share stays unexplained.",
+    ),
+)
+
+
+def merged(world: World, merge: Merge) -> Path:
+    """Return the folder of a merge, made by mergekit unless it is there from this very recipe."""
+    output, recipe = world.folder / "merges" / merge.name, world.folder / "recipes" / f"{merge.name}.yml"
+    before = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    write_recipe(
+        recipe,
+        method=merge.method,
+        weights={world.checkpoint(task): weight for task, weight in merge.weights.items()},
+        base=world.base,
+        density=merge.density,
+    )
+    if recipe.read_text(encoding="utf-8") != before or not (output / "model.safetensors").exists():
+        run_mergekit(recipe, output, seed=SEED)
+    return output
+
+
+def take_apart(world: World, merge: Merge, console: Console) -> None:
+    """Attribute one merge and print what was found beside what was true."""
+    target = merged(world, merge)
+    atoms = [world.adapter(task) for task in DICTIONARY]
+    start = time.perf_counter()
+    found = attribute(target, atoms, base=world.base, signed=merge.signed)
+    seconds = time.perf_counter() - start
+    true = merge.coefficients
+    table = Table("component", title=f"{merge.name} ({merge.method})", title_justify="left")
+    for heading in ("true", "found", "95 % interval", "present"):
+        table.add_column(heading, justify="right")
+    for component in found.components:
+        interval = component.interval and f"{component.interval[0]:.3f} to {component.interval[1]:.3f}"
+        present = {True: "yes", False: "no", None: "cannot tell"}[component.present]
+        expected, coefficient = true.get(component.name, 0.0), f"{component.coefficient:.3f}"
+        table.add_row(component.name, f"{expected:.3f}", coefficient, interval or "none", present)
+    console.print(table)
+    errors = [abs(component.coefficient - true.get(component.name, 0.0)) for component in found.components]
+    share, floor = found.unexplained.share, found.unexplained.rounding_floor
+    console.print(f"unexplained {share:.2%} of the energy (rounding alone: {floor:.2%})")
+    console.print(f"mean absolute coefficient error {sum(errors) / len(errors):.4f}; {seconds:.2f} s")
+    console.print(f"{merge.note}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything the demo makes")
+    folder = parser.parse_args().output
+    console = Console()
+    start = time.perf_counter()
+    world = build_world(folder, tasks=(*DICTIONARY, OUTSIDE), seed=SEED, progress=console.print)
+    for merge in MERGES:
+        take_apart(world, merge, console)
+    console.print(f"{time.perf_counter() - start:.0f} s in all; everything is in {folder}")
+
+
+# Worker processes import this file again, so nothing may run on import.
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""unmerge takes a merged LLM checkpoint apart: which fine-tunes are inside, with what coefficients, how sure."""
+
+from unmerge._version import __version__
+from unmerge.attribution import attribute
+from unmerge.dictionary import add as add_to_dictionary
+from unmerge.dictionary import build as build_dictionary
+from unmerge.dictionary import verify as verify_dictionary
+from unmerge.errors import UnmergeError
+from unmerge.result import Attribution
+from unmerge.solvers import SOLVERS
+from unmerge.statistics import Statistics
+
+__all__ = [
+    "SOLVERS",
+    "Attribution",
+    "Statistics",
+    "UnmergeError",
+    "__version__",
+    "add_to_dictionary",
+    "attribute",
+    "build_dictionary",
+    "verify_dictionary",
+]

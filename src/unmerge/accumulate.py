@@ -1,0 +1,312 @@
+"""Streams task vectors into inner products, a block of rows at a time.
+
+The unit of work is a range of rows of one tensor. Units are cut by shape alone, computed with one BLAS thread
+each, and added in the order of their names, so neither shards, file layout, workers nor the order of atoms change
+a bit of the result. Memory is bounded by `Plan.memory`, whatever the size of the model.
+
+Notation: task vectors are split into `new` ones (P of them) and `known` ones (Q); only inner products that
+involve a new one are computed. With no known ones this is a full Gram matrix; with one new one it is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.errors import TargetError
+from unmerge.task_vector import BLOCK_ELEMENTS, LowRank, TaskVector, blocks
+
+UNIT_BLOCKS = 32
+"""Blocks that one unit of work holds at most."""
+SAMPLE_RUNS = 16
+"""Row runs that are read of a sampled tensor."""
+SAMPLE_ELEMENTS = 1 << 16
+"""Elements of one such run, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows `start` to `stop` of one tensor."""
+
+    name: str
+    start: int
+    stop: int
+    columns: int
+
+    @property
+    def count(self) -> int:
+        """The number of parameters in it."""
+        return (self.stop - self.start) * self.columns
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Products:
+    """Inner products of P new task vectors with all N = P + Q over some parameters; additive.
+
+    Attributes
+    ----------
+    gram : array, shape (P, N)
+        Inner products, new ones first, in squared weight units.
+    rounding : array, shape (P,)
+        Energy that storage rounding accounts for, in squared weight units.
+    count : int
+        The number of parameters.
+    """
+
+    gram: FloatArray
+    rounding: FloatArray
+    count: int
+
+    def __add__(self, other: Products) -> Products:
+        return Products(self.gram + other.gram, self.rounding + other.rounding, self.count + other.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be read, before it is read.
+
+    Attributes
+    ----------
+    units : tuple of Unit
+        The work, sorted by tensor name.
+    sizes : mapping
+        Parameters of each planned tensor; more than its units hold where it is sampled.
+    sampled : frozenset of str
+        Tensors of which only some rows are read.
+    memory : int
+        Bytes that all workers together hold at once, at most (files and interpreter not counted).
+    """
+
+    units: tuple[Unit, ...]
+    sizes: Mapping[str, int]
+    sampled: frozenset[str]
+    memory: int
+
+    @property
+    def count(self) -> int:
+        """Parameters that will be read."""
+        return sum(unit.count for unit in self.units)
+
+
+def plan(
+    shapes: Mapping[str, tuple[int, int]],
+    vectors: Sequence[TaskVector],
+    *,
+    sample: Collection[str] = (),
+    workers: int = 1,
+) -> Plan:
+    """Cut tensors into units of work.
+
+    Parameters
+    ----------
+    shapes : mapping
+        The (rows, columns) to read of each tensor.
+    vectors : sequence of TaskVector
+        All task vectors that will be read, for the memory bound.
+    sample : collection of str
+        Tensors of which some runs of rows, chosen by the tensor's name, are enough; small ones are read whole.
+    workers : int
+        How many units run at once, for the memory bound.
+    """
+    sampled: set[str] = set()
+    units: list[Unit] = []
+    for name, (rows, columns) in sorted(shapes.items()):
+        runs = _sample_runs(name, rows, columns) if name in sample else None
+        if runs is not None:
+            sampled.add(name)
+            units.extend(Unit(name, start, stop, columns) for start, stop in runs)
+        else:
+            step = UNIT_BLOCKS * max(1, BLOCK_ELEMENTS // max(1, columns))
+            units.extend(Unit(name, start, min(rows, start + step), columns) for start in range(0, rows, step))
+    sizes = {name: rows * columns for name, (rows, columns) in sorted(shapes.items())}
+    memory = workers * max((_unit_memory(unit, vectors) for unit in units), default=0)
+    return Plan(tuple(units), sizes, frozenset(sampled), memory)
+
+
+def _sample_runs(name: str, rows: int, columns: int) -> list[tuple[int, int]] | None:
+    length = max(1, SAMPLE_ELEMENTS // max(1, columns))
+    if rows <= 4 * SAMPLE_RUNS * length:
+        return None
+    # One random run in each of SAMPLE_RUNS equal strata; seeded by the name, so a result can be repeated.
+    generator = np.random.default_rng(list(name.encode()))
+    edges = np.linspace(0, rows - length, SAMPLE_RUNS + 1).astype(int)
+    starts = [int(generator.integers(low, max(low + 1, high - length))) for low, high in pairwise(edges)]
+    return [(start, start + length) for start in starts]
+
+
+def _unit_memory(unit: Unit, vectors: Sequence[TaskVector]) -> int:
+    deltas = [vector.deltas.get(unit.name) for vector in vectors]
+    rank = sum(delta.rank for delta in deltas if isinstance(delta, LowRank))
+    dense = sum(delta is not None and not isinstance(delta, LowRank) for delta in deltas)
+    block_rows = max(1, BLOCK_ELEMENTS // max(1, unit.columns))
+    block = 8 * block_rows * unit.columns
+    factors = 8 * rank * (2 * unit.columns + (unit.stop - unit.start))
+    # Each dense block, the temporaries of one more (bits, widened, products), and the factors.
+    return (dense + 3) * block + factors + 8 * rank * block_rows
+
+
+def accumulate(
+    work: Plan,
+    new: Sequence[TaskVector],
+    known: Sequence[TaskVector],
+    *,
+    workers: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, list[Products]]:
+    """Compute the inner products of every unit of a plan.
+
+    Parameters
+    ----------
+    work : Plan
+        From `plan`, with the same task vectors.
+    new, known : sequences of TaskVector
+        See the module's notation. Give them in a fixed order (by digest) for results that are equal to the
+        bit.
+    workers : int
+        Threads; the result does not depend on it.
+    advance : callable, optional
+        Called with the number of parameters of each finished unit.
+
+    Returns
+    -------
+    dict
+        For each tensor its units' products, in row order.
+
+    Raises
+    ------
+    TargetError
+        If a new task vector holds a value that is not finite; the message says where.
+    """
+    from joblib import Parallel, delayed
+    from threadpoolctl import threadpool_limits
+
+    found: dict[str, list[Products]] = {name: [] for name in work.sizes}
+    # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
+    with threadpool_limits(limits=1, user_api="blas"):
+        parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator")
+        results = parallel(delayed(unit_products)(unit, new, known) for unit in work.units)
+        for unit, result in zip(work.units, results, strict=True):
+            found[unit.name].append(result)
+            if advance is not None:
+                advance(unit.count)
+    return found
+
+
+def unit_products(unit: Unit, new: Sequence[TaskVector], known: Sequence[TaskVector]) -> Products:
+    """Compute the inner products of one unit; see `accumulate`."""
+    vectors = (*new, *known)
+    deltas = [vector.deltas.get(unit.name) for vector in vectors]
+    # Low-rank operands in the order of digests: the same bits in whatever order they were given.
+    low = {i: _Factors.read(delta, unit) for i, delta in enumerate(deltas) if isinstance(delta, LowRank)}
+    low = dict(sorted(low.items(), key=lambda item: vectors[item[0]].digest))
+    dense = {i: delta for i, delta in enumerate(deltas) if delta is not None and i not in low}
+    sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
+    sums.add_low_rank(low)
+    if dense and any(i < len(new) for i in (*dense, *low)):
+        stacked = np.concatenate([factors.right for factors in low.values()]) if low else None
+        for start, stop in blocks(unit.start, unit.stop, unit.columns):
+            lefts = {i: factors.left[start - unit.start : stop - unit.start] for i, factors in low.items()}
+            sums.add_dense({i: delta.block(start, stop) for i, delta in dense.items()}, lefts, stacked)
+    _check_finite(sums.gram, unit, new)
+    return Products(sums.gram[: len(new)], sums.rounding, unit.count)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factors:
+    """The factors of one low-rank change in one unit, the scale multiplied into the left one."""
+
+    left: FloatArray
+    right: FloatArray
+
+    @classmethod
+    def read(cls, delta: LowRank, unit: Unit) -> _Factors:
+        return cls(delta.left(unit.start, unit.stop) * delta.scale, delta.right())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """Products of one unit while its blocks are read; the first `len(rounding)` vectors are new."""
+
+    gram: FloatArray
+    rounding: FloatArray
+
+    def _wanted(self, i: int, j: int) -> bool:
+        return min(i, j) < len(self.rounding)
+
+    def _add(self, i: int, j: int, value: float) -> None:
+        self.gram[i, j] += value
+        if i != j:
+            self.gram[j, i] += value
+
+    def add_low_rank(self, low: Mapping[int, _Factors]) -> None:
+        """Add the products between low-rank changes, which need no block."""
+        ordered = list(low.items())
+        for position, (i, p) in enumerate(ordered):
+            for j, q in ordered[position:]:
+                if self._wanted(i, j):
+                    # <L_p R_p, L_q R_q> = sum of (L_p' L_q) * (R_p R_q'): two thin products, r x r work.
+                    self._add(i, j, float(np.sum((p.left.T @ q.left) * (p.right @ q.right.T))))
+
+    def add_dense(
+        self,
+        dense: Mapping[int, tuple[FloatArray, float]],
+        lefts: Mapping[int, FloatArray],
+        stacked: FloatArray | None,
+    ) -> None:
+        """Add one block's products between dense changes, and of dense with low-rank ones."""
+        for i, (block, energy) in dense.items():
+            if i < len(self.rounding):
+                self.rounding[i] += energy
+            for j, (other, _) in dense.items():
+                if j <= i and self._wanted(i, j):
+                    self._add(i, j, float(np.vdot(block, other)))
+            if stacked is None or not any(self._wanted(i, j) for j in lefts):
+                continue
+            # <L_j R_j, V> = <L_j, V R_j'>: one GEMM with all right factors stacked, then thin products.
+            projected = block @ stacked.T
+            column = 0
+            for j, left in lefts.items():
+                end = column + left.shape[1]
+                if self._wanted(i, j):
+                    self._add(i, j, float(np.sum(left * projected[:, column:end])))
+                column = end
+
+
+def _check_finite(gram: FloatArray, unit: Unit, new: Sequence[TaskVector]) -> None:
+    for i, vector in enumerate(new):
+        if not np.isfinite(gram[i, i]):
+            raise TargetError(_locate(vector, unit))
+
+
+def _locate(vector: TaskVector, unit: Unit) -> str:
+    for start, stop in blocks(unit.start, unit.stop, unit.columns):
+        values, _ = vector.deltas[unit.name].block(start, stop)
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            row, column = (int(index) for index in bad[0])
+            what = "NaN" if np.isnan(values[row, column]) else "Inf"
+            return (
+                f"{vector.name}: tensor {unit.name!r} has {what} at row {start + row}, column {column} "
+                "(in it or in the base): not a usable model"
+            )
+    return f"{vector.name}: tensor {unit.name!r} is so large that its energy overflows: not a usable model"
+
+
+def total(products: Sequence[Products]) -> Products:
+    """Add products in the given order.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to add.
+    """
+    if not products:
+        raise ValueError("nothing to add")
+    result = products[0]
+    for item in products[1:]:
+        result = result + item
+    return result

@@ -1,0 +1,176 @@
+"""The whole flow: references in, one result out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unmerge import fingerprint
+from unmerge.alignment import align
+from unmerge.checkpoint.adapter import is_adapter, open_adapter
+from unmerge.checkpoint.reader import open_checkpoint
+from unmerge.checkpoint.source import resolve, split_name
+from unmerge.dictionary import (
+    Atom,
+    Base,
+    Dictionary,
+    Start,
+    check_names,
+    is_dictionary,
+    open_atom,
+    open_base,
+    open_dictionary,
+)
+from unmerge.errors import DictionaryError, UnmergeError
+from unmerge.regression import regress
+from unmerge.result import Attribution, ModelReference
+from unmerge.solvers import SOLVERS, Solver
+from unmerge.summary import model_reference, summarise
+from unmerge.task_vector import TaskVector, adapter_deltas, checkpoint_deltas
+
+
+def attribute(
+    target: str | Path,
+    atoms: Sequence[str | Path],
+    *,
+    base: str | Path,
+    solver: str = "nnls",
+    signed: bool = False,
+    exact: bool = False,
+    top_k: int | None = None,
+    allow_pickle: bool = False,
+    workers: int | None = None,
+    start: Start | None = None,
+) -> Attribution:
+    """Say which known fine-tunes are inside a merged model, and with what coefficients.
+
+    Parameters
+    ----------
+    target : str or Path
+        The merged model: a folder, a ``.safetensors`` file, a Hub id (``org/name@revision``), or a PEFT adapter.
+    atoms : sequence of str or Path
+        Known fine-tunes: PEFT adapters, full checkpoints, built dictionaries, Hub ids. ``NAME=PATH`` names one.
+    base : str or Path
+        The model that target and atoms were fine-tuned from.
+    solver : str
+        A name in ``unmerge.SOLVERS``.
+    signed : bool
+        Allow negative coefficients (task negation).
+    exact : bool
+        Read every tensor whole; by default large tensors that no atom changes are sampled, and said to be.
+    top_k : int, optional
+        Compare only the paper's top-k coordinates instead of all parameters.
+    allow_pickle : bool
+        Allow ``.bin`` weights, read by torch with ``weights_only=True``.
+    workers : int, optional
+        Threads; all cores by default. The result does not depend on it.
+    start : callable, optional
+        Told the plan before the pass starts; returns what is called as parameters are read.
+
+    Returns
+    -------
+    Attribution
+        The same inputs give the same document, to the byte, whatever the shards and the order of atoms.
+
+    Raises
+    ------
+    UnmergeError
+        If anything given cannot be used; the message says what was given, expected, and to do.
+    """
+    chosen = _solver(solver, signed=signed)
+    origin = open_base(str(base), allow_pickle=allow_pickle)
+    dictionary, extra = open_atoms([str(atom) for atom in atoms], origin, allow_pickle=allow_pickle)
+    goal = open_target(str(target), origin, allow_pickle=allow_pickle)
+    threads = workers or os.cpu_count() or 1
+    regression = regress(
+        goal.vector,
+        goal.rows,
+        dictionary,
+        extra,
+        origin,
+        exact=exact,
+        top_k=top_k,
+        workers=threads,
+        start=start,
+    )
+    return summarise(regression, chosen, goal.vector, goal.reference, origin, set(goal.rows))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """What is to be explained.
+
+    Attributes
+    ----------
+    vector : TaskVector
+        Its change against the base.
+    rows : dict
+        Rows to compare of each tensor that can be compared.
+    reference : ModelReference
+        Where it was found.
+    """
+
+    vector: TaskVector
+    rows: dict[str, int]
+    reference: ModelReference
+
+
+def open_target(reference: str, base: Base, *, allow_pickle: bool = False) -> Target:
+    """Find a merged model, or an adapter, and align it with the base.
+
+    Raises
+    ------
+    UnmergeError
+        If it cannot be found or read, or is not of the base's architecture.
+    """
+    source = resolve(reference, allow_pickle=allow_pickle)
+    shapes = base.shapes
+    if source.path.is_dir() and is_adapter(source.path):
+        adapter = open_adapter(source.path, allow_pickle=allow_pickle)
+        deltas, notices = adapter_deltas(adapter, base.checkpoint, "target")
+        vector = TaskVector("target", fingerprint.adapter_digest(adapter), deltas, (), notices)
+        rows = {name: shape[0] for name, shape in shapes.items()}
+        return Target(vector, rows, model_reference(source, vector.digest, "adapter"))
+    checkpoint = open_checkpoint(source.path, allow_pickle=allow_pickle)
+    alignment = align(base.checkpoint, checkpoint, "target")
+    fingerprint.check_same_base(alignment, "target")
+    notices = (*checkpoint.notices, *alignment.notices)
+    digest = fingerprint.checkpoint_digest(checkpoint)
+    vector = TaskVector("target", digest, checkpoint_deltas(alignment), alignment.skipped, notices)
+    rows = {name: pair.rows for name, pair in alignment.pairs.items()}
+    return Target(vector, rows, model_reference(source, digest, "checkpoint"))
+
+
+def open_atoms(
+    references: Sequence[str], base: Base, *, allow_pickle: bool = False
+) -> tuple[Dictionary, tuple[Atom, ...]]:
+    """Open what was named as atoms: the first built dictionary, and all other atoms.
+
+    Raises
+    ------
+    UnmergeError
+        If there are none, two have one name, or one cannot be used.
+    """
+    if not references:
+        raise DictionaryError("no atoms were given; name at least one adapter, checkpoint or dictionary")
+    dictionary: Dictionary | None = None
+    extra: list[Atom] = []
+    for reference in references:
+        path = Path(split_name(reference)[1])
+        if is_dictionary(path):
+            opened = open_dictionary(path, base, allow_pickle=allow_pickle)
+            extra.extend(opened.atoms if dictionary else ())
+            dictionary = dictionary or opened
+        else:
+            extra.append(open_atom(reference, base, allow_pickle=allow_pickle))
+    dictionary = dictionary or Dictionary((), {})
+    check_names([*dictionary.names, *(atom.name for atom in extra)])
+    return dictionary, tuple(extra)
+
+
+def _solver(name: str, *, signed: bool) -> Solver:
+    if name not in SOLVERS:
+        raise UnmergeError(f"unknown solver {name!r}; expected one of {', '.join(sorted(SOLVERS))}")
+    return SOLVERS[name](signed=signed)

@@ -1,0 +1,87 @@
+"""Storage types of floating-point weights: how to widen their bits and how coarse their grids are.
+
+numpy has no bfloat16, so bits are kept as unsigned integers until they are widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+RawArray = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A floating-point storage type.
+
+    Attributes
+    ----------
+    name : str
+        The safetensors name: ``"BF16"``, ``"F16"``, ``"F32"`` or ``"F64"``.
+    raw : numpy dtype
+        What the bits are read as: little-endian, unsigned for the 16-bit types.
+    mantissa_bits : int
+        Stored bits of the significand; an ulp is ``2 ** -mantissa_bits`` of the power of two below a value.
+    smallest_normal : float
+        Below it the grid stops getting finer.
+    """
+
+    name: str
+    raw: np.dtype[Any]
+    mantissa_bits: int
+    smallest_normal: float
+    _exponent_mask: int
+    _bits: np.dtype[Any]
+    _widen: Callable[[RawArray], NDArray[Any]]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per value."""
+        return self.raw.itemsize
+
+    def widen(self, raw: RawArray) -> FloatArray:
+        """Return the exact float64 values of stored bits, in the same shape."""
+        with np.errstate(invalid="ignore"):  # a signalling NaN stays NaN; who reads it says where it is
+            return self._widen(raw).astype(np.float64)
+
+    def rounding_energy(self, raw: RawArray) -> float:
+        """Return the expected energy of rounding to this grid: the sum of ``ulp^2 / 12`` over the values.
+
+        In squared weight units. Assumes that what was rounded away is uniform within half an ulp, which
+        fails (and overstates) where a change is far smaller than an ulp.
+        """
+        bits = raw.view(self._bits) & self._bits.type(self._exponent_mask)
+        power_of_two = np.maximum(self._widen(bits.view(raw.dtype)), self.smallest_normal).ravel()
+        squares = float(np.dot(power_of_two, power_of_two))
+        return squares * 2.0 ** (-2 * self.mantissa_bits) / 12.0
+
+
+def _widen_bfloat16(raw: RawArray) -> NDArray[np.float32]:
+    wide = raw.astype(np.uint32)
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)
+
+
+def _widen_half(raw: RawArray) -> NDArray[np.float32]:
+    return raw.view(np.float16).astype(np.float32)
+
+
+def _as_stored(raw: RawArray) -> NDArray[Any]:
+    return raw
+
+
+_U16, _U32, _U64 = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8")
+
+DTYPES: dict[str, DType] = {
+    "BF16": DType("BF16", _U16, 7, 2.0**-126, 0x7F80, _U16, _widen_bfloat16),
+    "F16": DType("F16", _U16, 10, 2.0**-14, 0x7C00, _U16, _widen_half),
+    "F32": DType("F32", np.dtype("<f4"), 23, 2.0**-126, 0x7F800000, _U32, _as_stored),
+    "F64": DType("F64", np.dtype("<f8"), 52, 2.0**-1022, 0x7FF0000000000000, _U64, _as_stored),
+}
+"""The storage types that unmerge reads, by safetensors name."""

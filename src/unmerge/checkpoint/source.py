@@ -1,0 +1,149 @@
+"""References to models: a folder, a file, or a Hub repository, resolved to local files.
+
+The Hub is read through ``huggingface_hub``, so its cache, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN``
+work as everywhere. Only configuration and safetensors files are downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from unmerge.checkpoint import adapter, reader
+from unmerge.errors import SourceError
+
+_HUB = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
+_ATOM_NAME = re.compile(r"[\w.+-]+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model was found.
+
+    Attributes
+    ----------
+    reference : str
+        As the user gave it, without the ``NAME=`` of an atom.
+    path : Path
+        The local folder or file.
+    commit : str or None
+        The Hub commit that the reference was resolved to; None for local files.
+    """
+
+    reference: str
+    path: Path
+    commit: str | None = None
+
+    @property
+    def default_name(self) -> str:
+        """The folder's, file's or repository's own name."""
+        if self.commit is not None:
+            match = _HUB.match(self.reference)
+            return (match["repo"] if match else self.reference).rsplit("/", 1)[-1]
+        resolved = self.path.resolve()
+        return resolved.stem if resolved.is_file() else resolved.name
+
+
+def split_name(reference: str) -> tuple[str | None, str]:
+    """Split ``NAME=PATH`` into (name, path); the name is None where none was given."""
+    name, sign, rest = reference.partition("=")
+    if sign and rest and _ATOM_NAME.match(name) and not Path(reference).exists():
+        return name, rest
+    return None, reference
+
+
+def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
+    """Find the files of a reference, downloading what is needed from the Hub.
+
+    Parameters
+    ----------
+    reference : str
+        A folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name@revision``. What exists
+        locally is never looked for on the Hub.
+    allow_pickle : bool
+        Download ``.bin`` weights where a repository has no safetensors.
+
+    Raises
+    ------
+    SourceError
+        If nothing is there: the message says whether the path is missing, or the repository is unknown,
+        gated, or not cached while offline.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return Source(reference, path)
+    match = _HUB.match(reference)
+    if not match or reference.startswith(("./", "../", "/", "~")):
+        message = f"{reference}: no such file or folder, and not a Hub id (org/name or org/name@revision)"
+        raise SourceError(message)
+    folder, commit = _download(reference, match["repo"], match["revision"], allow_pickle=allow_pickle)
+    return Source(reference, folder, commit)
+
+
+def _download(reference: str, repo: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str]:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            return folder, folder.name
+        return _download_online(repo, revision, allow_pickle=allow_pickle)
+    except hub.GatedRepoError as error:
+        message = (
+            f"{reference}: a gated repository: ask for access on its page, then log in with `hf auth login` "
+            "or set HF_TOKEN"
+        )
+        raise SourceError(message) from error
+    except hub.RevisionNotFoundError as error:
+        raise SourceError(f"{reference}: the repository has no revision {revision!r}") from error
+    except hub.RepositoryNotFoundError as error:
+        message = (
+            f"{reference}: no such local path, and no such repository on the Hub (or it is private: "
+            "log in with `hf auth login` or set HF_TOKEN)"
+        )
+        raise SourceError(message) from error
+    except hub.LocalEntryNotFoundError as error:
+        message = (
+            f"{reference}: no such local path, and not in the Hub cache while offline; download it first "
+            "(or unset HF_HUB_OFFLINE)"
+        )
+        raise SourceError(message) from error
+    except (hub.HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SourceError(f"{reference}: no such local path, and the Hub did not answer: {reason}") from error
+
+
+def _download_online(repo: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repo, revision=revision)
+    commit = info.sha or "main"
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    folder: Path | None = None
+    for name in _needed_files(files, allow_pickle=allow_pickle):
+        folder = Path(hf_hub_download(repo, name, revision=commit)).parent
+    if reader.INDEX in files and adapter.CONFIG not in files and folder is not None:
+        for shard in sorted(set(reader.read_weight_map(folder / reader.INDEX).values()) & files):
+            hf_hub_download(repo, shard, revision=commit)
+    if folder is None:
+        raise SourceError(f"{repo}: the repository has no safetensors weights and no {adapter.CONFIG}")
+    return folder, commit
+
+
+def _needed_files(files: set[str], *, allow_pickle: bool) -> list[str]:
+    """Choose what to download first: configuration and weights, not the copies in other formats."""
+    if adapter.CONFIG in files:
+        weights = adapter.WEIGHTS if adapter.WEIGHTS in files else adapter.PICKLED_WEIGHTS
+        wanted = {adapter.CONFIG, weights if allow_pickle or weights == adapter.WEIGHTS else adapter.CONFIG}
+        return sorted(wanted & files)
+    if reader.INDEX in files:
+        return sorted({"config.json", reader.INDEX} & files)
+    if reader.SINGLE in files:
+        return sorted({"config.json", reader.SINGLE} & files)
+    top = {name for name in files if "/" not in name}
+    weights_files = {name for name in top if name.endswith(".safetensors")}
+    if not weights_files and allow_pickle:
+        weights_files = {name for name in top if name.startswith("pytorch_model") and name.endswith(".bin")}
+    return sorted(weights_files | ({"config.json"} & files)) if weights_files else []

@@ -1,0 +1,199 @@
+"""The command line: one command per verb, no mathematics.
+
+Exit codes: 0 done, 1 a verification that failed, 2 bad usage or bad input (one line on stderr).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from unmerge._version import __version__
+from unmerge.errors import UnmergeError
+
+if TYPE_CHECKING:
+    from unmerge.dictionary import Dictionary
+
+app = typer.Typer(
+    name="unmerge",
+    help="Take a merged LLM checkpoint apart: which fine-tunes are inside, with what coefficients, and how sure.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+dictionary_app = typer.Typer(
+    help="Build and keep dictionaries of known fine-tunes.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(dictionary_app, name="dictionary")
+
+_ATOM_HELP = "PEFT adapter, full checkpoint or dictionary: a path, org/name@revision, or NAME=PATH."
+Base = Annotated[str, typer.Option("--base", help="The model that everything was fine-tuned from: path or Hub id.")]
+Atoms = Annotated[list[str], typer.Argument(metavar="ATOM...", help=_ATOM_HELP)]
+Pickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read .bin weights too (needs torch; loaded with weights_only)."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Threads; all cores by default. Changes no result.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DICT", help="The dictionary's folder.")]
+
+
+def main() -> None:
+    """Run the command line; errors meant for users become one line and exit code 2."""
+    try:
+        app()
+    except UnmergeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"unmerge {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def attribute(
+    target: Annotated[str, typer.Argument(help="The merged model (or adapter): a path or org/name@revision.")],
+    atoms: Atoms,
+    base: Base,
+    solver: Annotated[str, typer.Option(help="nnls, omp, lasso, ridge, elastic_net or dot_product.")] = "nnls",
+    signed: Annotated[bool, typer.Option("--signed", help="Allow negative coefficients (task negation).")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Read every tensor whole; large ones that no atom changes are sampled."),
+    ] = False,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="Compare the paper's top-k coordinates only (it used 1000000)."),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show coefficients by layer and by module.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    workers: Workers = None,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which of the known fine-tunes are inside TARGET, and with what coefficients."""
+    # Imported here so that --help and --version answer at once.
+    import unmerge
+    from unmerge.report.progress import progress_bar
+    from unmerge.report.terminal import print_result
+
+    with progress_bar(Console(stderr=True), enabled=not quiet) as start:
+        result = unmerge.attribute(
+            target, atoms, base=base, solver=solver, signed=signed, exact=exact, top_k=top_k,
+            allow_pickle=allow_pickle, workers=workers, start=start,
+        )  # fmt: skip
+    if json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        print_result(result, Console(), layers=layers)
+
+
+@dictionary_app.command("build")
+def dictionary_build(
+    folder: Folder,
+    atoms: Atoms,
+    base: Base,
+    workers: Workers = None,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build a dictionary of known fine-tunes of one base."""
+    from unmerge import dictionary
+
+    _run(dictionary.build, folder, atoms, base, workers, allow_pickle, quiet)
+
+
+@dictionary_app.command("add")
+def dictionary_add(
+    folder: Folder,
+    atoms: Atoms,
+    base: Base,
+    workers: Workers = None,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add fine-tunes to a dictionary, computing only what is new."""
+    from unmerge import dictionary
+
+    _run(dictionary.add, folder, atoms, base, workers, allow_pickle, quiet)
+
+
+def _run(
+    verb: object,
+    folder: Path,
+    atoms: list[str],
+    base: str,
+    workers: int | None,
+    allow_pickle: bool,
+    quiet: bool,
+) -> None:
+    import os
+
+    from unmerge.report.progress import progress_bar
+
+    with progress_bar(Console(stderr=True), enabled=not quiet) as start:
+        threads = workers or os.cpu_count() or 1
+        made = verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start)  # type: ignore[operator]
+    _show(made)
+
+
+def _show(dictionary: Dictionary) -> None:
+    from unmerge.report.terminal import render_dictionary
+
+    Console().print(render_dictionary(dictionary))
+
+
+@dictionary_app.command("show")
+def dictionary_show(
+    folder: Folder,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, if it is not where the dictionary says.")
+    ] = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Show the atoms of a dictionary and how alike they are."""
+    from unmerge import dictionary
+
+    manifest = dictionary.read_manifest(folder)
+    opened = dictionary.open_base(base or dictionary.manifest_base(manifest), allow_pickle=allow_pickle)
+    _show(dictionary.open_dictionary(folder, opened, allow_pickle=allow_pickle))
+
+
+@dictionary_app.command("verify")
+def dictionary_verify(
+    folder: Folder,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, if it is not where the dictionary says.")
+    ] = None,
+) -> None:
+    """Check the digests of a dictionary and the fingerprint of its base; exit code 1 if one is wrong."""
+    from unmerge import dictionary
+
+    faults = dictionary.verify(folder, base)
+    for fault in faults:
+        sys.stdout.write(f"{fault}\n")
+    if faults:
+        raise typer.Exit(1)
+    sys.stdout.write(f"{folder}: all digests are right\n")

@@ -1,0 +1,116 @@
+"""Fingerprints of weights from a few thousand bytes per tensor.
+
+They do not depend on shards or file layout. A fingerprint tells two models apart; it does not prove that two
+files are equal in every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from unmerge.alignment import Alignment
+from unmerge.checkpoint.adapter import Adapter
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.checkpoint.reader import Checkpoint
+from unmerge.checkpoint.tensor import Tensor, matrix_shape
+from unmerge.errors import AlignmentError
+
+SAMPLED_VALUES = 8192
+"""Values read per tensor, in at most 8 runs of rows spread over it."""
+_RUNS = 8
+_LOWEST_COSINE = 0.5
+_ADAPTER_KEYS = ("alpha_pattern", "fan_in_fan_out", "lora_alpha", "peft_type", "r", "rank_pattern", "use_dora",
+                 "use_rslora")  # fmt: skip
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """Return a hex SHA-256 over names, types, shapes and sampled values of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
+        for start, stop in sampled_rows(tensor):
+            digest.update(tensor.read(start, stop).tobytes())
+    return digest.hexdigest()
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Return a hex SHA-256 over every stored value of an adapter and the options that give them meaning."""
+    digest = hashlib.sha256()
+    options = {key: adapter.config.get(key) for key in _ADAPTER_KEYS}
+    digest.update(json.dumps(options, sort_keys=True).encode())
+    for name, tensor in _adapter_tensors(adapter):
+        digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
+        digest.update(tensor.read(0, matrix_shape(tensor.shape)[0]).tobytes())
+    return digest.hexdigest()
+
+
+def _adapter_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for module, factors in sorted(adapter.factors.items()):
+        for part in (factors.a, factors.b, factors.bias, factors.magnitude):
+            if part is not None:
+                yield module, part
+    yield from sorted(adapter.replaced.items())
+
+
+def sampled_rows(tensor: Tensor) -> list[tuple[int, int]]:
+    """Choose the rows of a tensor that its fingerprint reads: all, or evenly spread runs."""
+    rows, columns = matrix_shape(tensor.shape)
+    if rows * columns <= SAMPLED_VALUES:
+        return [(0, rows)]
+    length = max(1, SAMPLED_VALUES // (_RUNS * columns))
+    count = min(_RUNS, rows // length)
+    starts = np.linspace(0, rows - length, count).astype(int)
+    return [(int(start), int(start) + length) for start in starts]
+
+
+def weight_cosine(alignment: Alignment) -> float:
+    """Return the cosine between the sampled matrices of a model and its base; 1.0 if there are none.
+
+    Vectors (norms) are left out: they are close to one in every model.
+    """
+    dot = ours = theirs = 0.0
+    for pair in alignment.pairs.values():
+        rows, columns = matrix_shape(pair.base.shape)
+        if rows == 1 or columns == 1:
+            continue
+        for start, stop in sampled_rows(pair.base):
+            x, y = _both(pair.base, pair.other, start, min(stop, pair.rows))
+            dot, ours, theirs = dot + float(x @ y), ours + float(x @ x), theirs + float(y @ y)
+    return dot / float(np.sqrt(ours * theirs)) if ours > 0.0 and theirs > 0.0 else 1.0
+
+
+def _both(first: Tensor, second: Tensor, start: int, stop: int) -> tuple[FloatArray, FloatArray]:
+    stop = max(start, stop)
+    x = first.dtype.widen(first.read(start, stop)).ravel()
+    y = second.dtype.widen(second.read(start, stop)).ravel()
+    finite = np.isfinite(x) & np.isfinite(y)  # a value that is not finite is reported, with its place, later
+    return x[finite], y[finite]
+
+
+def check_same_base(alignment: Alignment, label: str) -> None:
+    """Refuse a model whose weights are unrelated to the base's.
+
+    Fine-tunes and merges stay within a few percent of their base; independently trained models of one
+    architecture have a cosine near zero.
+
+    Raises
+    ------
+    AlignmentError
+        If the sampled cosine is below 0.5.
+    """
+    cosine = weight_cosine(alignment)
+    if cosine < _LOWEST_COSINE:
+        message = (
+            f"{label}: wrong base: the weights have a cosine of {cosine:.3f} with the base's (a fine-tune or a "
+            "merge has over 0.9); give the base that it was made from"
+        )
+        raise AlignmentError(message)
+
+
+def same_digest(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """Return the names whose digests differ or are missing, sorted."""
+    return sorted(name for name, digest in expected.items() if found.get(name) != digest)

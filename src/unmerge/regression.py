@@ -1,0 +1,258 @@
+"""The regression of a target on a dictionary: one `Statistics` per tensor, from one pass over the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from unmerge.accumulate import Plan, Products, accumulate, plan, total
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.compress import compressed_statistics, select_top_k
+from unmerge.dictionary import Atom, Base, Dictionary, Start, join
+from unmerge.errors import AlignmentError, DictionaryError, TargetError
+from unmerge.statistics import Statistics
+from unmerge.task_vector import TaskVector
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorStatistics:
+    """The statistics of one tensor.
+
+    Attributes
+    ----------
+    name : str
+        The base's name of the tensor.
+    statistics : Statistics
+        Over the whole tensor; its energies are estimates if the tensor was sampled.
+    read : int
+        Parameters that were read; fewer than ``statistics.count`` if the tensor was sampled.
+    energy_error : float
+        Standard error of the energy from sampling, in squared weight units; 0 if read whole.
+    touched : bool
+        Whether an atom changes the tensor.
+    """
+
+    name: str
+    statistics: Statistics
+    read: int
+    energy_error: float
+    touched: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Regression:
+    """A target's statistics against all atoms.
+
+    Attributes
+    ----------
+    atoms : tuple of Atom
+        In the order of the statistics: by digest.
+    tensors : tuple of TensorStatistics
+        Sorted by name.
+    coordinates : str
+        Which parameters were compared, in words.
+    memory : int
+        Bytes that the pass held at once, at most.
+    """
+
+    atoms: tuple[Atom, ...]
+    tensors: tuple[TensorStatistics, ...]
+    coordinates: str
+    memory: int
+
+    @property
+    def total(self) -> Statistics:
+        """Statistics over all compared tensors."""
+        return add(self.tensors, len(self.atoms))
+
+
+def add(tensors: Sequence[TensorStatistics], atoms: int) -> Statistics:
+    """Add the statistics of tensors in the given order."""
+    result = Statistics.zero(atoms)
+    for tensor in tensors:
+        result = result + tensor.statistics
+    return result
+
+
+def regress(
+    target: TaskVector,
+    rows: Mapping[str, int],
+    dictionary: Dictionary,
+    extra: Sequence[Atom],
+    base: Base,
+    *,
+    exact: bool = False,
+    top_k: int | None = None,
+    workers: int = 1,
+    start: Start | None = None,
+) -> Regression:
+    """Compute the statistics of a target against known atoms and extra ones.
+
+    Parameters
+    ----------
+    target : TaskVector
+        What is to be explained.
+    rows : mapping
+        Rows to compare of every tensor that can be compared, whether the target changes it or not.
+    dictionary : Dictionary
+        Atoms whose inner products are known.
+    extra : sequence of Atom
+        Further atoms.
+    exact : bool
+        Read the tensors that no atom changes whole; otherwise the large ones are sampled.
+    top_k : int, optional
+        Use the paper's coordinates, this many, instead of all parameters.
+
+    Raises
+    ------
+    TargetError, DictionaryError, AlignmentError
+        If the target equals the base or holds values that are not finite, an atom changes nothing that
+        can be compared, or the atoms and the target share no tensor.
+    """
+    atoms = tuple(sorted((*dictionary.atoms, *extra), key=lambda atom: (atom.vector.digest, atom.name)))
+    touched = {name for atom in atoms for name in atom.vector.deltas} & rows.keys()
+    if not touched:
+        raise AlignmentError(f"{target.name}: has none of the tensors that the atoms change; nothing to compare")
+    if top_k is not None:
+        return _compressed(target, rows, atoms, base, top_k)
+    shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
+    shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
+    pass_ = _Pass(target, dictionary, extra, atoms, workers)
+    grams, energies, work = pass_.run(shapes, touched, base, exact=exact, start=start)
+    tensors = tuple(
+        _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
+        for name in sorted(grams)
+    )
+    result = Regression(atoms, tensors, "all parameters", work.memory)
+    _check(result, target)
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """One pass over the files."""
+
+    target: TaskVector
+    dictionary: Dictionary
+    extra: Sequence[Atom]
+    atoms: Sequence[Atom]
+    workers: int
+
+    def run(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        touched: set[str],
+        base: Base,
+        *,
+        exact: bool,
+        start: Start | None,
+    ) -> tuple[dict[str, Statistics], dict[str, list[Products]], Plan]:
+        extra = sorted(self.extra, key=lambda atom: (atom.vector.digest, atom.name))
+        new = [*(atom.vector for atom in extra), self.target]
+        known = self.dictionary.vectors
+        # Where the target has fewer rows than the base, the stored products cover too much.
+        cut = {name for name in touched if shapes[name][0] < base.shapes.get(name, (0, 0))[0]} if known else set()
+        changed = {name for vector in new for name in vector.deltas} & shapes.keys()
+        sample = set() if exact else changed - touched
+        work = plan(
+            {name: shapes[name] for name in changed - cut},
+            (*new, *known),
+            sample=sample,
+            workers=self.workers,
+        )
+        redo = plan({name: shapes[name] for name in cut}, (*new, *known), workers=self.workers)
+        both = Plan(work.units + redo.units, work.sizes, work.sampled, max(work.memory, redo.memory))
+        advance = start(both) if start else None
+        found = accumulate(work, new, known, workers=self.workers, advance=advance)
+        everything = [*known, *new]
+        again = accumulate(redo, everything, (), workers=self.workers, advance=advance)
+        order = _order([*self.dictionary.atoms, *extra], self.atoms)
+        grams = {name: _split(None, total(units), order) for name, units in again.items()}
+        for name in sorted(touched - cut):
+            units = found.get(name)
+            products = total(units) if units else _nothing(len(new), len(everything))
+            grams[name] = _split(self.dictionary.gram.get(name), products, order)
+        for name in sorted(changed - touched):
+            grams[name] = _split(None, total(found[name]), order)
+        return grams, found, both
+
+
+def _nothing(new: int, vectors: int) -> Products:
+    return Products(np.zeros((new, vectors)), np.zeros(new), 0)
+
+
+def _order(found: Sequence[Atom], wanted: Sequence[Atom]) -> list[int]:
+    places = {atom.name: place for place, atom in enumerate(found)}
+    return [places[atom.name] for atom in wanted]
+
+
+def _split(known: FloatArray | None, products: Products, order: Sequence[int]) -> Statistics:
+    """Split the Gram matrix of atoms and target, the target last, into statistics in the atoms' order."""
+    gram = join(known, products.gram)
+    places = np.asarray(order, dtype=np.intp)
+    return Statistics(
+        gram[np.ix_(places, places)],
+        gram[places, -1].copy(),
+        float(gram[-1, -1]),
+        float(products.rounding[-1]),
+        products.count,
+    )
+
+
+def _tensor(
+    name: str,
+    statistics: Statistics,
+    units: Sequence[Products],
+    shape: tuple[int, int],
+    work: Plan,
+    touched: bool,
+) -> TensorStatistics:
+    size = shape[0] * shape[1]
+    read = statistics.count
+    if name not in work.sampled:
+        return TensorStatistics(name, replace(statistics, count=size), read or size, 0.0, touched)
+    scale = size / read
+    means = np.array([float(unit.gram[-1, len(unit.gram) - 1]) / unit.count for unit in units])
+    error = size * float(np.std(means, ddof=1)) / np.sqrt(len(means)) * np.sqrt(1.0 - read / size)
+    scaled = replace(statistics, energy=statistics.energy * scale, rounding=statistics.rounding * scale, count=size)
+    return TensorStatistics(name, scaled, read, float(error), touched)
+
+
+def _compressed(
+    target: TaskVector, rows: Mapping[str, int], atoms: Sequence[Atom], base: Base, top_k: int
+) -> Regression:
+    vectors = [atom.vector for atom in atoms]
+    shapes = {name: (count, base.shapes[name][1]) for name, count in rows.items() if name in base.shapes}
+    try:
+        selection = select_top_k(vectors, shapes, top_k)
+    except ValueError as error:
+        raise DictionaryError(str(error)) from error
+    found = compressed_statistics(vectors, target, selection, shapes)
+    tensors = tuple(
+        TensorStatistics(name, statistics, statistics.count, 0.0, touched=True)
+        for name, statistics in sorted(found.items())
+    )
+    words = f"top {selection.count:,} by max |d_i|, digest {selection.digest[:16]}"
+    result = Regression(tuple(atoms), tensors, words, 0)
+    _check(result, target)
+    return result
+
+
+def _check(result: Regression, target: TaskVector) -> None:
+    statistics = result.total
+    if statistics.energy == 0.0:
+        read = sum(tensor.read for tensor in result.tensors)
+        message = (
+            f"{target.name}: equal to the base in every one of the {read:,} parameters compared "
+            f"({len(result.tensors)} tensors): the merge did nothing"
+        )
+        raise TargetError(message)
+    for atom, energy in zip(result.atoms, np.diag(statistics.gram), strict=True):
+        if energy == 0.0:
+            message = (
+                f"{atom.name}: changes nothing in the tensors compared: a zero adapter (was it trained?), or "
+                "equal to the base; leave it out"
+            )
+            raise DictionaryError(message)

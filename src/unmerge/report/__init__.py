@@ -1,0 +1,1 @@
+"""One result object to terminal and JSON. Nothing is computed here."""
