@@ -84,6 +84,7 @@ def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
 def _download(reference: str, repo: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str]:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub.utils import httpx
 
     try:
         if constants.HF_HUB_OFFLINE:
@@ -110,8 +111,8 @@ def _download(reference: str, repo: str, revision: str | None, *, allow_pickle: 
             "(or unset HF_HUB_OFFLINE)"
         )
         raise SourceError(message) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (hub.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SourceError(f"{reference}: no such local path, and the Hub did not answer: {reason}") from error
 
 
@@ -119,17 +120,30 @@ def _download_online(repo: str, revision: str | None, *, allow_pickle: bool) -> 
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(repo, revision=revision)
-    commit = info.sha or "main"
     files = {sibling.rfilename for sibling in info.siblings or ()}
     folder: Path | None = None
+    # The first file is asked for by the given revision, so that the cache can resolve it offline later; the
+    # rest by the commit that it turned out to be, so that all files are of one commit.
+    commit = ""
     for name in _needed_files(files, allow_pickle=allow_pickle):
-        folder = Path(hf_hub_download(repo, name, revision=commit)).parent
+        folder = Path(hf_hub_download(repo, name, revision=commit or revision)).parent
+        commit = folder.name
     if reader.INDEX in files and adapter.CONFIG not in files and folder is not None:
         for shard in sorted(set(reader.read_weight_map(folder / reader.INDEX).values()) & files):
             hf_hub_download(repo, shard, revision=commit)
     if folder is None:
-        raise SourceError(f"{repo}: the repository has no safetensors weights and no {adapter.CONFIG}")
+        raise SourceError(f"{repo}: {_nothing_usable(files)}")
     return folder, commit
+
+
+def _nothing_usable(files: set[str]) -> str:
+    pickles = sorted(name for name in files if name.startswith("pytorch_model") and name.endswith(".bin"))
+    if pickles:
+        return (
+            f"the repository has only pickle weights ({pickles[0]}), which can run code when loaded; pass "
+            "--allow-pickle to read them with weights_only"
+        )
+    return f"the repository has no safetensors weights and no {adapter.CONFIG}"
 
 
 def _needed_files(files: set[str], *, allow_pickle: bool) -> list[str]:

@@ -1,0 +1,6 @@
+"""``python -m unmerge``."""
+
+from unmerge.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unmerge.testing import quantise, tiny_model, write_adapter, write_checkpoint
+
+
+class Shelf:
+    """A base, four adapters, a full fine-tune and a merge, as files of random weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        rng = np.random.default_rng(11)
+        self.model = {name: quantise(value, "BF16") for name, value in tiny_model(rng).items()}
+        self.base = str(write_checkpoint(folder / "base", self.model))
+        self.changes = {name: write_adapter(folder / name, rng, self.model) for name in ("add", "sub", "json", "xml")}
+        tuned = {name: value + 0.002 * rng.standard_normal(value.shape) for name, value in self.model.items()}
+        write_checkpoint(folder / "full", tuned, "F32")
+        self.merge("merge", add=0.6, json=0.3)
+
+    def merge(self, name: str, dtype: str = "F32", **weights: float) -> str:
+        merged = {
+            key: value + sum(weight * self.changes[atom].get(key, 0.0) for atom, weight in weights.items())
+            for key, value in self.model.items()
+        }
+        return str(write_checkpoint(self.folder / name, merged, dtype))
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def paths(self, *names: str) -> list[str]:
+        return [self.path(name) for name in names]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path / "shelf")

@@ -1,0 +1,199 @@
+"""Dictionaries on disk: build, add, open, verify; what is damaged or of another base is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import unmerge
+from tests.conftest import Shelf
+from unmerge import accumulate, dictionary
+from unmerge.dictionary import MANIFEST, add, build, open_base, open_dictionary, read_manifest, verify
+from unmerge.errors import DictionaryError, UnmergeError
+from unmerge.testing import quantise, tiny_model, write_checkpoint
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_attribution_with_a_dictionary_equals_attribution_with_its_atoms(shelf: Shelf, tmp_path: Path) -> None:
+    build(tmp_path / "d", shelf.paths("xml", "add", "json"), shelf.base)
+    direct = unmerge.attribute(shelf.path("merge"), shelf.paths("add", "json", "xml", "sub"), base=shelf.base)
+    stored = unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d"), shelf.path("sub")], base=shelf.base)
+    assert stored.model_copy(update={"method": direct.method}) == direct
+
+
+def test_adding_gives_the_gram_matrix_of_building_at_once(shelf: Shelf, tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", shelf.paths("add", "full", "sub", "xml"), shelf.base)
+    build(tmp_path / "grown", shelf.paths("add", "full"), shelf.base)
+    add(tmp_path / "grown", [shelf.path("sub")], shelf.base)
+    add(tmp_path / "grown", [shelf.path("xml")], shelf.base)
+    grown = open_dictionary(tmp_path / "grown", open_base(shelf.base))
+    assert grown.names == whole.names
+    assert grown.gram.keys() == whole.gram.keys()
+    for name, gram in whole.gram.items():
+        np.testing.assert_allclose(grown.gram[name], gram, rtol=1e-12, atol=1e-15 * np.abs(gram).max())
+
+
+def test_adding_computes_only_the_new_row(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "d", shelf.paths("add", "sub", "json"), shelf.base)
+    before = everything(tmp_path / "d")
+    shapes: list[tuple[int, int]] = []
+    real = accumulate.unit_products
+
+    def watched(unit: accumulate.Unit, new: object, known: object) -> accumulate.Products:
+        result = real(unit, new, known)  # type: ignore[arg-type]
+        shapes.append(result.gram.shape)
+        return result
+
+    monkeypatch.setattr(accumulate, "unit_products", watched)
+    add(tmp_path / "d", [shelf.path("xml")], shelf.base)
+    assert set(shapes) == {(1, 4)}
+    after = everything(tmp_path / "d")
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {MANIFEST}
+
+
+def test_the_same_atoms_give_the_same_bytes(shelf: Shelf, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build(tmp_path / name, shelf.paths("add", "full"), shelf.base, workers=2)
+    assert everything(tmp_path / "one") == everything(tmp_path / "two")
+
+
+def test_a_dictionary_outlives_its_adapters(shelf: Shelf, tmp_path: Path) -> None:
+    build(tmp_path / "d", shelf.paths("add", "json"), shelf.base)
+    shutil.rmtree(shelf.folder / "add")
+    result = unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=shelf.base)
+    assert result.components[0].coefficient == pytest.approx(0.6, abs=1e-5)
+
+
+def test_a_dictionary_of_another_base_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    build(tmp_path / "d", shelf.paths("add"), shelf.base)
+    rng = np.random.default_rng(5)
+    near = {name: quantise(value * (1 + 0.01 * rng.standard_normal(value.shape)), "BF16") for name, value in shelf.model.items()}
+    other = write_checkpoint(tmp_path / "other", near)
+    with pytest.raises(DictionaryError, match="built on another base .* their fingerprints differ"):
+        unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=other)
+    assert any("its fingerprint is not that" in fault for fault in verify(tmp_path / "d", str(other)))
+
+
+def test_a_resharded_base_is_the_same_base(shelf: Shelf, tmp_path: Path) -> None:
+    build(tmp_path / "d", shelf.paths("add"), shelf.base)
+    copy = write_checkpoint(tmp_path / "copy", shelf.model, shards=4)
+    unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=copy)
+    assert verify(tmp_path / "d", str(copy)) == []
+
+
+class TestVerify:
+    def test_sound(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
+        assert verify(tmp_path / "d") == []
+
+    @pytest.mark.parametrize("file", ["atoms/add/adapter_model.safetensors", "gram/add.safetensors"])
+    def test_one_flipped_bit_is_found(self, shelf: Shelf, tmp_path: Path, file: str) -> None:
+        build(tmp_path / "d", shelf.paths("sub", "add"), shelf.base)
+        path = tmp_path / "d" / file
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        faults = verify(tmp_path / "d")
+        assert len(faults) == 1
+        assert faults[0].startswith("atom add: ")
+
+    def test_a_changed_checkpoint_is_found_and_refused(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("full"), shelf.base)
+        write_checkpoint(shelf.folder / "full", shelf.model, "F32")
+        assert "has changed since it was added" in verify(tmp_path / "d")[0]
+        with pytest.raises(DictionaryError, match="has changed since it was added"):
+            unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=shelf.base)
+
+    def test_missing_parts_are_found(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
+        shutil.rmtree(shelf.folder / "full")
+        (tmp_path / "d/gram/add.safetensors").unlink()
+        faults = verify(tmp_path / "d")
+        assert [fault.split(":")[0] for fault in faults] == ["atom add", "atom full"]
+
+
+class TestCrash:
+    def test_a_build_that_fails_leaves_nothing(self, shelf: Shelf, tmp_path: Path) -> None:
+        with pytest.raises(UnmergeError):
+            build(tmp_path / "d", [*shelf.paths("add"), "./missing"], shelf.base)
+        assert list(tmp_path.iterdir()) == [shelf.folder]
+
+    def test_a_stopped_build_leaves_nothing(self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(dictionary, "_entry", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        assert list(tmp_path.iterdir()) == [shelf.folder]
+
+    def test_a_stopped_addition_is_as_if_it_never_began(
+        self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        with monkeypatch.context() as patch:
+            patch.setattr(dictionary, "_entry", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                add(tmp_path / "d", shelf.paths("sub"), shelf.base)
+        assert [entry["name"] for entry in read_manifest(tmp_path / "d")["atoms"]] == ["add"]
+        assert verify(tmp_path / "d") == []
+        add(tmp_path / "d", shelf.paths("sub"), shelf.base)
+        assert verify(tmp_path / "d") == []
+
+
+class TestRefusals:
+    def test_two_atoms_of_one_name(self, shelf: Shelf, tmp_path: Path) -> None:
+        with pytest.raises(DictionaryError, match="two atoms are called 'add'; .* NAME=PATH"):
+            build(tmp_path / "d", [shelf.path("add"), f"add={shelf.path('sub')}"], shelf.base)
+        build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        with pytest.raises(DictionaryError, match="two atoms are called 'add'"):
+            add(tmp_path / "d", [f"add={shelf.path('sub')}"], shelf.base)
+
+    @pytest.mark.parametrize("name", ["..", ".hidden", "a b"])
+    def test_names_that_are_no_file_names(self, shelf: Shelf, tmp_path: Path, name: str) -> None:
+        with pytest.raises(UnmergeError, match="cannot be an atom's name|no such file or folder"):
+            build(tmp_path / "d", [f"{name}={shelf.path('add')}"], shelf.base)
+
+    def test_a_folder_in_use(self, shelf: Shelf, tmp_path: Path) -> None:
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "notes.txt").write_text("mine")
+        with pytest.raises(DictionaryError, match="already exists"):
+            build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        assert everything(tmp_path / "d") == {"notes.txt": b"mine"}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"schema": "unmerge/dictionary/99"}, "schema 'unmerge/dictionary/99'; this version reads"),
+            ({"atoms": [{"name": "../../etc", "kind": "adapter"}]}, "damaged: one of its atoms"),
+            ({"atoms": [{"name": "a", "kind": "pickle"}]}, "damaged: one of its atoms"),
+            ({"base": {}}, "damaged: its base"),
+        ],
+    )
+    def test_damaged_manifests(self, shelf: Shelf, tmp_path: Path, change: dict[str, object], message: str) -> None:
+        build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        manifest = read_manifest(tmp_path / "d")
+        (tmp_path / "d" / MANIFEST).write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(DictionaryError, match=message):
+            read_manifest(tmp_path / "d")
+
+    def test_not_a_dictionary(self, tmp_path: Path) -> None:
+        with pytest.raises(DictionaryError, match="not a dictionary"):
+            read_manifest(tmp_path)
+
+    def test_a_full_model_as_base_only(self, shelf: Shelf, tmp_path: Path) -> None:
+        with pytest.raises(UnmergeError, match="an adapter, not a base model"):
+            build(tmp_path / "d", shelf.paths("sub"), shelf.path("add"))
+
+    def test_an_adapter_of_a_deeper_model(self, shelf: Shelf, tmp_path: Path) -> None:
+        shallow = write_checkpoint(tmp_path / "one", tiny_model(np.random.default_rng(0), layers=1))
+        with pytest.raises(UnmergeError, match="add: adapts 'model.layers.1.* an adapter of another model"):
+            build(tmp_path / "d", shelf.paths("add"), str(shallow))
