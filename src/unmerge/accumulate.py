@@ -77,14 +77,22 @@ class Plan:
         Parameters of each planned tensor; more than its units hold where it is sampled.
     sampled : frozenset of str
         Tensors of which only some rows are read.
-    memory : int
-        Bytes that all workers together hold at once, at most (files and interpreter not counted).
+    unit_memory : int
+        Bytes that one worker holds at once, at most.
+    workers : int
+        How many units run at once.
     """
 
     units: tuple[Unit, ...]
     sizes: Mapping[str, int]
     sampled: frozenset[str]
-    memory: int
+    unit_memory: int
+    workers: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all workers together hold at once, at most (files and interpreter not counted)."""
+        return self.workers * self.unit_memory
 
     @property
     def count(self) -> int:
@@ -123,8 +131,8 @@ def plan(
             step = UNIT_BLOCKS * max(1, BLOCK_ELEMENTS // max(1, columns))
             units.extend(Unit(name, start, min(rows, start + step), columns) for start in range(0, rows, step))
     sizes = {name: rows * columns for name, (rows, columns) in sorted(shapes.items())}
-    memory = workers * max((_unit_memory(unit, vectors) for unit in units), default=0)
-    return Plan(tuple(units), sizes, frozenset(sampled), memory)
+    unit_memory = max((_unit_memory(unit, vectors) for unit in units), default=0)
+    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers)
 
 
 def _sample_runs(name: str, rows: int, columns: int) -> list[tuple[int, int]] | None:
@@ -154,7 +162,6 @@ def accumulate(
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
     *,
-    workers: int = 1,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, list[Products]]:
     """Compute the inner products of every unit of a plan.
@@ -162,12 +169,10 @@ def accumulate(
     Parameters
     ----------
     work : Plan
-        From `plan`, with the same task vectors.
+        From `plan`, with the same task vectors; its number of workers does not change the result.
     new, known : sequences of TaskVector
         See the module's notation. Give them in a fixed order (by digest) for results that are equal to the
         bit.
-    workers : int
-        Threads; the result does not depend on it.
     advance : callable, optional
         Called with the number of parameters of each finished unit.
 
@@ -187,7 +192,7 @@ def accumulate(
     found: dict[str, list[Products]] = {name: [] for name in work.sizes}
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
-        parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator")
+        parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator")
         results = parallel(delayed(unit_products)(unit, new, known) for unit in work.units)
         for unit, result in zip(work.units, results, strict=True):
             found[unit.name].append(result)

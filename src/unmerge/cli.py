@@ -33,7 +33,7 @@ app.add_typer(dictionary_app, name="dictionary")
 
 _ATOM_HELP = "PEFT adapter, full checkpoint or dictionary: a path, org/name@revision, or NAME=PATH."
 Base = Annotated[str, typer.Option("--base", help="The model that everything was fine-tuned from: path or Hub id.")]
-Atoms = Annotated[list[str], typer.Argument(metavar="ATOM...", help=_ATOM_HELP)]
+Atoms = Annotated[list[str], typer.Argument(metavar="ATOM", help=_ATOM_HELP)]
 Pickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read .bin weights too (needs torch; loaded with weights_only)."),
@@ -74,14 +74,14 @@ def _root(
 
 @app.command()
 def attribute(
-    target: Annotated[str, typer.Argument(help="The merged model (or adapter): a path or org/name@revision.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The merged model (or adapter): a path or org/name@revision.")],
     atoms: Atoms,
     base: Base,
     solver: Annotated[str, typer.Option(help="nnls, omp, lasso, ridge, elastic_net or dot_product.")] = "nnls",
     signed: Annotated[bool, typer.Option("--signed", help="Allow negative coefficients (task negation).")] = False,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="Read every tensor whole; large ones that no atom changes are sampled."),
+        typer.Option("--exact", help="Read every tensor whole; by default, large ones that no atom changes are sampled."),
     ] = False,
     top_k: Annotated[
         int | None,

@@ -229,7 +229,7 @@ def combine(
     shapes = {name: base.shapes.get(name, delta.shape) for item in vectors for name, delta in item.deltas.items()}
     work = plan(shapes, (*vectors, *old.vectors), workers=workers)
     advance = start(work) if start else None
-    found = accumulate(work, vectors, old.vectors, workers=workers, advance=advance)
+    found = accumulate(work, vectors, old.vectors, advance=advance)
     gram = {name: _pad(matrix, len(new)) for name, matrix in old.gram.items()}
     for name, units in found.items():
         gram[name] = join(old.gram.get(name), total(units).gram)

@@ -53,14 +53,14 @@ class Regression:
         Sorted by name.
     coordinates : str
         Which parameters were compared, in words.
-    memory : int
-        Bytes that the pass held at once, at most.
+    unit_memory : int
+        Bytes that one thread of the pass held at once, at most.
     """
 
     atoms: tuple[Atom, ...]
     tensors: tuple[TensorStatistics, ...]
     coordinates: str
-    memory: int
+    unit_memory: int
 
     @property
     def total(self) -> Statistics:
@@ -125,7 +125,7 @@ def regress(
         _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
         for name in sorted(grams)
     )
-    result = Regression(atoms, tensors, "all parameters", work.memory)
+    result = Regression(atoms, tensors, "all parameters", work.unit_memory)
     _check(result, target)
     return result
 
@@ -163,11 +163,11 @@ class _Pass:
             workers=self.workers,
         )
         redo = plan({name: shapes[name] for name in cut}, (*new, *known), workers=self.workers)
-        both = Plan(work.units + redo.units, work.sizes, work.sampled, max(work.memory, redo.memory))
+        both = Plan(work.units + redo.units, work.sizes, work.sampled, max(work.unit_memory, redo.unit_memory), self.workers)
         advance = start(both) if start else None
-        found = accumulate(work, new, known, workers=self.workers, advance=advance)
+        found = accumulate(work, new, known, advance=advance)
         everything = [*known, *new]
-        again = accumulate(redo, everything, (), workers=self.workers, advance=advance)
+        again = accumulate(redo, everything, (), advance=advance)
         order = _order([*self.dictionary.atoms, *extra], self.atoms)
         grams = {name: _split(None, total(units), order) for name, units in again.items()}
         for name in sorted(touched - cut):

@@ -75,7 +75,7 @@ class Method(_Model):
     status: str = Field(description="'converged', or what was wrong with the problem.")
     message: str = Field(description="Advice that goes with the status; empty if all is well.")
     groups: tuple[tuple[str, ...], ...] = Field(description="Atoms that cannot be told apart.")
-    memory_bytes: int = Field(description="Upper bound on block memory, known before the pass.")
+    thread_memory: int = Field(description="Bytes that one thread held at most, known before the pass.")
     version: str = Field(description="Version of unmerge.")
 
 

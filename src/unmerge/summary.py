@@ -147,7 +147,7 @@ def _method(regression: Regression, solution: Solution, solver: Solver, names: S
         status=solution.status.name.lower(),
         message=solution.status.value,
         groups=tuple(tuple(sorted(names[index] for index in group)) for group in solution.groups),
-        memory_bytes=regression.memory,
+        thread_memory=regression.unit_memory,
         version=__version__,
     )
 

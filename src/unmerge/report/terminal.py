@@ -24,7 +24,8 @@ def render(result: Attribution, *, layers: bool = False) -> RenderableType:
     layers : bool
         Add the coefficients by layer and by module.
     """
-    parts: list[RenderableType] = [_components(result), *_sentences(result)]
+    title = Text(f"{result.target.reference} on {result.base.reference}", style="bold")
+    parts: list[RenderableType] = [title, _components(result), *_sentences(result)]
     if layers:
         parts.append(_profiles("layer", result.layers, result))
         parts.append(_profiles("module", result.modules, result))
@@ -62,7 +63,7 @@ def print_result(result: Attribution, console: Console, *, layers: bool = False)
 
 
 def _components(result: Attribution) -> Table:
-    table = Table(title=Text(f"{result.target.reference} on {result.base.reference}"), title_justify="left")
+    table = Table()
     table.add_column("component", overflow="fold")
     table.add_column("coefficient", justify="right")
     table.add_column("95 % interval", justify="right")
@@ -133,6 +134,8 @@ def _profiles(kind: str, profiles: tuple[Profile, ...], result: Attribution) -> 
     table.add_column("energy", justify="right")
     table.add_column("unexplained", justify="right")
     for profile in profiles:
+        if profile.unexplained is None and not any(profile.coefficients.values()):
+            continue  # unchanged; in --json all the same
         cells = [f"{profile.coefficients[name]:+.4f}" if name in profile.coefficients else "" for name in names]
         left = "" if profile.unexplained is None else f"{100 * profile.unexplained:.1f} %"
         table.add_row(Text(profile.part), *cells, f"{100 * profile.energy_share:.1f} %", left)
