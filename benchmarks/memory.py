@@ -31,7 +31,7 @@ def status(key):
 def attribute(folder):
     atoms = [f"{folder}/atom{i}" for i in range(4)] + [f"{folder}/full"]
     plans = []
-    unmerge.attribute(f"{folder}/merge", atoms, base=f"{folder}/base", exact=True, workers=%d,
+    unmerge.attribute(f"{folder}/merge", atoms, base=f"{folder}/base", exact=True, workers=int(sys.argv[3]),
                       start=lambda plan: plans.append(plan.memory) or (lambda count: None))
     return plans[0]
 
@@ -39,7 +39,7 @@ attribute(sys.argv[1])
 before = status("VmRSS")
 bound = attribute(sys.argv[2])
 print(status("VmHWM") - before, bound, sum(f.stat().st_size for f in Path(sys.argv[2]).rglob("*.safetensors")))
-""" % WORKERS
+"""
 
 
 def _write(folder: Path, layers: int, hidden: int) -> Path:
@@ -61,7 +61,7 @@ def measure(layers: int, hidden: int = 1024) -> tuple[int, int, int]:
         small, large = Path(name) / "small", Path(name) / "large"
         _write(small, 1, 64)
         _write(large, layers, hidden)
-        command = [sys.executable, "-c", _PROBE, str(small), str(large)]
+        command = [sys.executable, "-c", _PROBE, str(small), str(large), str(WORKERS)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     grown, bound, size = (int(number) for number in re.findall(r"\d+", output))
     return grown, bound, size

@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 
-from unmerge import attribute
+from unmerge import Attribution, attribute
 from unmerge.experiment.mergekit import run_mergekit, write_recipe
 from unmerge.experiment.world import World, build_world
 
@@ -54,7 +55,7 @@ MERGES = (
         "task_arithmetic",
         {"gsm8k_math": 0.8, "latin_translation": 0.6, "ms_marco_qa": -0.5},
         signed=True,
-        note="One weight is negative, so negative coefficients are allowed.",
+        note="mergekit rounds weights to bfloat16: 0.8 is 0.8008 there, and 0.6 is 0.6016.",
     ),
     Merge(
         "ties",
@@ -80,49 +81,62 @@ MERGES = (
 
 
 def merged(world: World, merge: Merge) -> Path:
-    """Return the folder of a merge, made by mergekit unless it is there from this very recipe."""
-    output, recipe = world.folder / "merges" / merge.name, world.folder / "recipes" / f"{merge.name}.yml"
-    before = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    """Return the folder of a merge, made by mergekit unless this very recipe has been merged before."""
+    folder = world.folder / "merges" / merge.name
+    recipe, fresh = folder / "recipe.yml", folder / "recipe.new.yml"
     write_recipe(
-        recipe,
+        fresh,
         method=merge.method,
         weights={world.checkpoint(task): weight for task, weight in merge.weights.items()},
         base=world.base,
         density=merge.density,
     )
-    if recipe.read_text(encoding="utf-8") != before or not (output / "model.safetensors").exists():
-        run_mergekit(recipe, output, seed=SEED)
-    return output
+    if not recipe.exists() or recipe.read_bytes() != fresh.read_bytes():
+        run_mergekit(fresh, folder / "model", seed=SEED)
+    # Renamed only now, so a recipe without ".new" is always that of the model beside it.
+    fresh.replace(recipe)
+    return folder / "model"
+
+
+def comparison(merge: Merge, found: Attribution) -> Table:
+    """Set what was found beside what was true."""
+    table = Table("component", title=f"{merge.name} ({merge.method})", title_justify="left")
+    for heading in ("true", "found", "95 % interval", "present"):
+        table.add_column(heading, justify="right")
+    for component in found.components:
+        low_high = component.interval
+        table.add_row(
+            component.name,
+            f"{merge.coefficients.get(component.name, 0.0):.4f}",
+            f"{component.coefficient:.4f}",
+            "none" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}",
+            {True: "yes", False: "no", None: "cannot tell"}[component.present],
+        )
+    return table
+
+
+def mean_error(merge: Merge, found: Attribution) -> float:
+    """Return the mean absolute difference between true and found coefficients over the dictionary."""
+    true = merge.coefficients
+    return fmean(abs(one.coefficient - true.get(one.name, 0.0)) for one in found.components)
 
 
 def take_apart(world: World, merge: Merge, console: Console) -> None:
-    """Attribute one merge and print what was found beside what was true."""
+    """Attribute one merge and print the answer beside the truth."""
     target = merged(world, merge)
     atoms = [world.adapter(task) for task in DICTIONARY]
     start = time.perf_counter()
     found = attribute(target, atoms, base=world.base, signed=merge.signed)
     seconds = time.perf_counter() - start
-    true = merge.coefficients
-    table = Table("component", title=f"{merge.name} ({merge.method})", title_justify="left")
-    for heading in ("true", "found", "95 % interval", "present"):
-        table.add_column(heading, justify="right")
-    for component in found.components:
-        interval = component.interval and f"{component.interval[0]:.3f} to {component.interval[1]:.3f}"
-        present = {True: "yes", False: "no", None: "cannot tell"}[component.present]
-        expected, coefficient = true.get(component.name, 0.0), f"{component.coefficient:.3f}"
-        table.add_row(component.name, f"{expected:.3f}", coefficient, interval or "none", present)
-    console.print(table)
-    errors = [abs(component.coefficient - true.get(component.name, 0.0)) for component in found.components]
+    console.print(comparison(merge, found))
     share, floor = found.unexplained.share, found.unexplained.rounding_floor
-    console.print(f"unexplained {share:.2%} of the energy (rounding alone: {floor:.2%})")
-    console.print(f"mean absolute coefficient error {sum(errors) / len(errors):.4f}; {seconds:.2f} s")
+    console.print(f"unexplained: {share:.2%} of the energy; rounding alone: {floor:.2%} at most")
+    console.print(f"mean absolute coefficient error: {mean_error(merge, found):.4f}; time: {seconds:.2f} s")
     console.print(f"{merge.note}\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Make merges and take them apart.")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything the demo makes")
     folder = parser.parse_args().output
     console = Console()

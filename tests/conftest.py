@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from unmerge.testing import quantise, tiny_model, write_adapter, write_checkpoint
+
+# The same examples in every run: a test that fails once fails again.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo's folder: a really trained base, adapters, and mergekit's merges; made once, then used again."""
+    folder = ROOT / ".cache" / "demo"
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--output", folder]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return folder
 
 
 class Shelf:

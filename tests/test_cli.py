@@ -72,7 +72,14 @@ def test_signed_coefficients_on_request(shelf: Shelf) -> None:
 @pytest.mark.parametrize("solver", ["nnls", "omp", "lasso", "ridge", "elastic_net", "dot_product"])
 def test_every_solver_runs(shelf: Shelf, solver: str) -> None:
     found = run(
-        "attribute", shelf.path("merge"), *shelf.paths("add", "json"), "--base", shelf.base, "--solver", solver, "--json"
+        "attribute",
+        shelf.path("merge"),
+        *shelf.paths("add", "json"),
+        "--base",
+        shelf.base,
+        "--solver",
+        solver,
+        "--json",
     )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["method"]["solver"] == solver
@@ -80,7 +87,14 @@ def test_every_solver_runs(shelf: Shelf, solver: str) -> None:
 
 def test_layers_and_top_k(shelf: Shelf) -> None:
     found = run(
-        "attribute", shelf.path("merge"), *shelf.paths("add", "json"), "--base", shelf.base, "--layers", "--top-k", "800"
+        "attribute",
+        shelf.path("merge"),
+        *shelf.paths("add", "json"),
+        "--base",
+        shelf.base,
+        "--layers",
+        "--top-k",
+        "800",
     )
     assert found.returncode == 0, found.stderr
     for text in ("by layer", "by module", "self_attn.q_proj", "top 800 by max |d_i|"):
@@ -258,7 +272,9 @@ def test_an_unknown_solver_is_named(shelf: Shelf) -> None:
     )
 
 
-@pytest.mark.parametrize("command", [(), ("attribute",), ("dictionary",), ("dictionary", "build"), ("dictionary", "show")])
+@pytest.mark.parametrize(
+    "command", [(), ("attribute",), ("dictionary",), ("dictionary", "build"), ("dictionary", "show")]
+)
 def test_help(command: tuple[str, ...]) -> None:
     found = run(*command, "--help")
     assert found.returncode == 0

@@ -75,9 +75,12 @@ def test_a_dictionary_outlives_its_adapters(shelf: Shelf, tmp_path: Path) -> Non
 def test_a_dictionary_of_another_base_is_refused(shelf: Shelf, tmp_path: Path) -> None:
     build(tmp_path / "d", shelf.paths("add"), shelf.base)
     rng = np.random.default_rng(5)
-    near = {name: quantise(value * (1 + 0.01 * rng.standard_normal(value.shape)), "BF16") for name, value in shelf.model.items()}
+    near = {
+        name: quantise(value * (1 + 0.01 * rng.standard_normal(value.shape)), "BF16")
+        for name, value in shelf.model.items()
+    }
     other = write_checkpoint(tmp_path / "other", near)
-    with pytest.raises(DictionaryError, match="built on another base .* their fingerprints differ"):
+    with pytest.raises(DictionaryError, match=r"built on another base .* their fingerprints differ"):
         unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=other)
     assert any("its fingerprint is not that" in fault for fault in verify(tmp_path / "d", str(other)))
 
@@ -126,7 +129,9 @@ class TestCrash:
             build(tmp_path / "d", [*shelf.paths("add"), "./missing"], shelf.base)
         assert list(tmp_path.iterdir()) == [shelf.folder]
 
-    def test_a_stopped_build_leaves_nothing(self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_stopped_build_leaves_nothing(
+        self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
 
@@ -151,7 +156,7 @@ class TestCrash:
 
 class TestRefusals:
     def test_two_atoms_of_one_name(self, shelf: Shelf, tmp_path: Path) -> None:
-        with pytest.raises(DictionaryError, match="two atoms are called 'add'; .* NAME=PATH"):
+        with pytest.raises(DictionaryError, match=r"two atoms are called 'add'; .* NAME=PATH"):
             build(tmp_path / "d", [shelf.path("add"), f"add={shelf.path('sub')}"], shelf.base)
         build(tmp_path / "d", shelf.paths("add"), shelf.base)
         with pytest.raises(DictionaryError, match="two atoms are called 'add'"):
@@ -159,7 +164,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["..", ".hidden", "a b"])
     def test_names_that_are_no_file_names(self, shelf: Shelf, tmp_path: Path, name: str) -> None:
-        with pytest.raises(UnmergeError, match="cannot be an atom's name|no such file or folder"):
+        with pytest.raises(UnmergeError, match=r"cannot be an atom's name|no such file or folder"):
             build(tmp_path / "d", [f"{name}={shelf.path('add')}"], shelf.base)
 
     def test_a_folder_in_use(self, shelf: Shelf, tmp_path: Path) -> None:
@@ -195,5 +200,5 @@ class TestRefusals:
 
     def test_an_adapter_of_a_deeper_model(self, shelf: Shelf, tmp_path: Path) -> None:
         shallow = write_checkpoint(tmp_path / "one", tiny_model(np.random.default_rng(0), layers=1))
-        with pytest.raises(UnmergeError, match="add: adapts 'model.layers.1.* an adapter of another model"):
+        with pytest.raises(UnmergeError, match=r"add: adapts 'model\.layers\.1.* an adapter of another model"):
             build(tmp_path / "d", shelf.paths("add"), str(shallow))

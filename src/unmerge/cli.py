@@ -74,14 +74,18 @@ def _root(
 
 @app.command()
 def attribute(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The merged model (or adapter): a path or org/name@revision.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The merged model (or adapter): a path or org/name@revision.")
+    ],
     atoms: Atoms,
     base: Base,
     solver: Annotated[str, typer.Option(help="nnls, omp, lasso, ridge, elastic_net or dot_product.")] = "nnls",
     signed: Annotated[bool, typer.Option("--signed", help="Allow negative coefficients (task negation).")] = False,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="Read every tensor whole; by default, large ones that no atom changes are sampled."),
+        typer.Option(
+            "--exact", help="Read every tensor whole; by default, large ones that no atom changes are sampled."
+        ),
     ] = False,
     top_k: Annotated[
         int | None,

@@ -163,7 +163,9 @@ class _Pass:
             workers=self.workers,
         )
         redo = plan({name: shapes[name] for name in cut}, (*new, *known), workers=self.workers)
-        both = Plan(work.units + redo.units, work.sizes, work.sampled, max(work.unit_memory, redo.unit_memory), self.workers)
+        both = Plan(
+            work.units + redo.units, work.sizes, work.sampled, max(work.unit_memory, redo.unit_memory), self.workers
+        )
         advance = start(both) if start else None
         found = accumulate(work, new, known, advance=advance)
         everything = [*known, *new]
@@ -211,6 +213,8 @@ def _tensor(
 ) -> TensorStatistics:
     size = shape[0] * shape[1]
     read = statistics.count
+    if statistics.energy == 0.0:  # equal to the base, which was not rounded again
+        statistics = replace(statistics, rounding=0.0)
     if name not in work.sampled:
         return TensorStatistics(name, replace(statistics, count=size), read or size, 0.0, touched)
     scale = size / read

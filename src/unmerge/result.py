@@ -55,8 +55,8 @@ class Unexplained(_Model):
 
     share: float = Field(description="Energy of the residual over the energy of the target's change.")
     rounding_floor: float = Field(
-        description="The share that storage rounding of the target alone accounts for, at most (ulp^2 / 12 "
-        "per parameter; an over-estimate where changes are smaller than an ulp)."
+        description="The share that storage rounding of the target alone accounts for, about: ulp^2 / 12 per "
+        "parameter of the tensors that changed; an over-estimate where changes are far below an ulp."
     )
     untouched_share: float = Field(
         description="The part of `share` that lies in tensors no atom changes; estimated where sampled."

@@ -76,7 +76,7 @@ def attribute(hub: tuple[Hub, str, Path], target: str, **environment: str) -> su
 
 
 def test_hub_models_are_resolved_to_a_commit_and_only_needed_files_are_fetched(hub: Any) -> None:
-    first = attribute(hub, "org/merge@main", HF_TOKEN="hf_secret")
+    first = attribute(hub, "org/merge@main", HF_TOKEN="hf_secret")  # noqa: S106 - a made-up one
     assert first.returncode == 0, first.stderr
     result = Attribution.model_validate_json(first.stdout)
     assert result.components[0].name == "math"
@@ -92,9 +92,7 @@ def test_hub_models_are_resolved_to_a_commit_and_only_needed_files_are_fetched(h
     assert offline.returncode == 0, offline.stderr
     assert hub[0].requests == []
     again = Attribution.model_validate_json(offline.stdout)
-    assert again.components == tuple(
-        item.model_copy(update={"source": item.source}) for item in result.components
-    )
+    assert again.components == tuple(item.model_copy(update={"source": item.source}) for item in result.components)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,9 @@ def test_hub_models_are_resolved_to_a_commit_and_only_needed_files_are_fetched(h
     ],
 )
 def test_what_cannot_be_had_is_one_line(hub: Any, target: str, environment: dict[str, str], message: str) -> None:
-    found = run(hub, "attribute", target, str(hub[0].root / "org/math"), "--base", str(hub[0].root / "org/base"), **environment)
+    found = run(
+        hub, "attribute", target, str(hub[0].root / "org/math"), "--base", str(hub[0].root / "org/base"), **environment
+    )
     assert found.returncode == 2
     assert found.stdout == ""
     assert message in found.stderr

@@ -84,7 +84,7 @@ def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
 def _download(reference: str, repo: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str]:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it was built on
 
     try:
         if constants.HF_HUB_OFFLINE:

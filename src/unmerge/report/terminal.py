@@ -93,7 +93,7 @@ def _sentences(result: Attribution) -> Iterator[Text]:
     unexplained, method = result.unexplained, result.method
     yield Text(
         f"Unexplained: {100 * unexplained.share:.1f} % of the change's energy "
-        f"(storage rounding alone accounts for at most {100 * unexplained.rounding_floor:.1f} %)."
+        f"(storage rounding alone accounts for about {100 * unexplained.rounding_floor:.1f} %)."
     )
     if unexplained.untouched_share > 0.0:
         error = f" ± {100 * unexplained.untouched_error:.2f}" if unexplained.untouched_error else ""

@@ -1,0 +1,1 @@
+"""Evidence: how sure the coefficients are."""

@@ -1,0 +1,1 @@
+"""The paper's experiment: tasks, training, and merges by mergekit. Needs the extra ``experiment``."""
