@@ -130,7 +130,7 @@ def take_apart(world: World, merge: Merge, console: Console) -> None:
     seconds = time.perf_counter() - start
     console.print(comparison(merge, found))
     share, floor = found.unexplained.share, found.unexplained.rounding_floor
-    console.print(f"unexplained: {share:.2%} of the energy; rounding alone: {floor:.2%} at most")
+    console.print(f"unexplained: {share:.2%} of the energy; rounding alone: about {floor:.2%}")
     console.print(f"mean absolute coefficient error: {mean_error(merge, found):.4f}; time: {seconds:.2f} s")
     console.print(f"{merge.note}\n")
 

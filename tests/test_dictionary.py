@@ -202,3 +202,20 @@ class TestRefusals:
         shallow = write_checkpoint(tmp_path / "one", tiny_model(np.random.default_rng(0), layers=1))
         with pytest.raises(UnmergeError, match=r"add: adapts 'model\.layers\.1.* an adapter of another model"):
             build(tmp_path / "d", shelf.paths("add"), str(shallow))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (None, False),
+        ("base", False),
+        ("/home/me/models/Base/", False),
+        ("org/base@main", False),
+        ("org/base-instruct", True),
+    ],
+)
+def test_an_adapter_that_names_another_base_is_told(shelf: Shelf, said: str | None, told: bool) -> None:
+    config = shelf.folder / "add" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": said}))
+    result = unmerge.attribute(shelf.path("merge"), shelf.paths("add", "json"), base=shelf.base)
+    assert [f"trained on {said!r}" in notice for notice in result.notices] == [True] * told

@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unmerge import fingerprint
-from unmerge.alignment import align
-from unmerge.checkpoint.adapter import is_adapter, open_adapter
-from unmerge.checkpoint.reader import open_checkpoint
 from unmerge.checkpoint.source import resolve, split_name
 from unmerge.dictionary import (
     Atom,
@@ -22,13 +18,14 @@ from unmerge.dictionary import (
     open_atom,
     open_base,
     open_dictionary,
+    read_task_vector,
 )
 from unmerge.errors import DictionaryError, UnmergeError
 from unmerge.regression import regress
 from unmerge.result import Attribution, ModelReference
 from unmerge.solvers import SOLVERS, Solver
 from unmerge.summary import model_reference, summarise
-from unmerge.task_vector import TaskVector, adapter_deltas, checkpoint_deltas
+from unmerge.task_vector import TaskVector
 
 
 def attribute(
@@ -126,21 +123,11 @@ def open_target(reference: str, base: Base, *, allow_pickle: bool = False) -> Ta
         If it cannot be found or read, or is not of the base's architecture.
     """
     source = resolve(reference, allow_pickle=allow_pickle)
-    shapes = base.shapes
-    if source.path.is_dir() and is_adapter(source.path):
-        adapter = open_adapter(source.path, allow_pickle=allow_pickle)
-        deltas, notices = adapter_deltas(adapter, base.checkpoint, "target")
-        vector = TaskVector("target", fingerprint.adapter_digest(adapter), deltas, (), notices)
-        rows = {name: shape[0] for name, shape in shapes.items()}
-        return Target(vector, rows, model_reference(source, vector.digest, "adapter"))
-    checkpoint = open_checkpoint(source.path, allow_pickle=allow_pickle)
-    alignment = align(base.checkpoint, checkpoint, "target")
-    fingerprint.check_same_base(alignment, "target")
-    notices = (*checkpoint.notices, *alignment.notices)
-    digest = fingerprint.checkpoint_digest(checkpoint)
-    vector = TaskVector("target", digest, checkpoint_deltas(alignment), alignment.skipped, notices)
-    rows = {name: pair.rows for name, pair in alignment.pairs.items()}
-    return Target(vector, rows, model_reference(source, digest, "checkpoint"))
+    vector, kind = read_task_vector(source.path, base, "target", allow_pickle=allow_pickle)
+    # What an adapter does not change is equal to the base; what a model does not have cannot be compared.
+    shapes = base.shapes if kind == "adapter" else {name: delta.shape for name, delta in vector.deltas.items()}
+    rows = {name: shape[0] for name, shape in shapes.items()}
+    return Target(vector, rows, model_reference(source, vector.digest, kind))
 
 
 def open_atoms(

@@ -120,6 +120,15 @@ class Dictionary:
             result += self.gram[name]
         return result
 
+    @property
+    def cosines(self) -> FloatArray:
+        """Cosines between the atoms over all tensors, shape (K, K), with zeros on the diagonal."""
+        gram = self.total_gram
+        norms = np.sqrt(np.diag(gram))
+        cosines: FloatArray = gram / np.outer(norms, norms)
+        np.fill_diagonal(cosines, 0.0)
+        return cosines
+
 
 def is_dictionary(path: Path) -> bool:
     """Tell whether a folder is a dictionary."""
@@ -180,6 +189,7 @@ def read_task_vector(
     if path.is_dir() and is_adapter(path):
         adapter = open_adapter(path, allow_pickle=allow_pickle)
         deltas, notices = adapter_deltas(adapter, base.checkpoint, label)
+        notices = (*notices, *_other_base(adapter.base_reference, base.source))
         return TaskVector(label, fingerprint.adapter_digest(adapter), deltas, (), notices), "adapter"
     if path.is_dir():
         _refuse_nested_adapter(path)
@@ -189,6 +199,14 @@ def read_task_vector(
     notices = (*checkpoint.notices, *alignment.notices)
     digest = fingerprint.checkpoint_digest(checkpoint)
     return TaskVector(label, digest, checkpoint_deltas(alignment), alignment.skipped, notices), "checkpoint"
+
+
+def _other_base(said: str | None, given: Source) -> tuple[str, ...]:
+    """Tell if an adapter names a base of another name; paths and owners differ for good reasons."""
+    names = {said.rstrip("/").rsplit("/", 1)[-1].partition("@")[0].lower() if said else "", given.default_name.lower()}
+    if not said or len(names) == 1:
+        return ()
+    return (f"its configuration says that it was trained on {said!r}; make sure that this is the base given",)
 
 
 def _refuse_nested_adapter(path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unmerge.dictionary import Dictionary
+from unmerge.evidence.identifiability import coherence
 from unmerge.result import Attribution, Component, Profile
 
 _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
@@ -34,10 +35,8 @@ def render(result: Attribution, *, layers: bool = False) -> RenderableType:
 
 def render_dictionary(dictionary: Dictionary) -> RenderableType:
     """Lay out a dictionary: its atoms, and the most similar other atom of each."""
-    gram = dictionary.total_gram
-    norms = np.sqrt(np.diag(gram))
-    cosines = gram / np.outer(norms, norms)
-    np.fill_diagonal(cosines, 0.0)
+    cosines = dictionary.cosines
+    norms = np.sqrt(np.diag(dictionary.total_gram))
     table = Table()
     for heading in ("atom", "kind", "norm", "most alike", "cosine", "from"):
         table.add_column(heading, justify="right" if heading in {"norm", "cosine"} else "left", overflow="fold")
@@ -53,8 +52,8 @@ def render_dictionary(dictionary: Dictionary) -> RenderableType:
             Text(atom.source.reference),
         )
         table.add_row(*row)
-    coherence = float(np.max(np.abs(cosines))) if len(norms) > 1 else 0.0
-    return Group(table, Text(f"Coherence (largest |cosine| of two atoms): {coherence:.3f}"))
+    largest = coherence(dictionary.total_gram)
+    return Group(table, Text(f"Coherence (largest |cosine| of two atoms): {largest:.3f}"))
 
 
 def print_result(result: Attribution, console: Console, *, layers: bool = False) -> None:
