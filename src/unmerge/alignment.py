@@ -210,5 +210,14 @@ def _check_shapes(name: str, pair: Pair, label: str) -> list[Skipped]:
             "another architecture or width"
         )
         raise AlignmentError(message)
-    larger, extra = (label, yours[0] - mine[0]) if yours[0] > mine[0] else ("base", mine[0] - yours[0])
-    return [Skipped(name, larger, f"{extra} rows beyond the {pair.rows} that both have (resized vocabulary)")]
+    return extra_rows(name, label, mine, yours)
+
+
+def extra_rows(name: str, label: str, mine: tuple[int, ...], yours: tuple[int, ...]) -> list[Skipped]:
+    """Tell the rows that only one of two tensors of the same columns has: the base's `mine`, the model's `yours`."""
+    common = min(mine[0], yours[0])
+    return [
+        Skipped(name, model, f"{rows - common} rows beyond the {common} that both have (resized vocabulary)")
+        for model, rows in (("base", mine[0]), (label, yours[0]))
+        if rows > common
+    ]

@@ -188,9 +188,9 @@ def read_task_vector(
     """
     if path.is_dir() and is_adapter(path):
         adapter = open_adapter(path, allow_pickle=allow_pickle)
-        deltas, notices = adapter_deltas(adapter, base.checkpoint, label)
+        deltas, skipped, notices = adapter_deltas(adapter, base.checkpoint, label)
         notices = (*notices, *_other_base(adapter.base_reference, base.source))
-        return TaskVector(label, fingerprint.adapter_digest(adapter), deltas, (), notices), "adapter"
+        return TaskVector(label, fingerprint.adapter_digest(adapter), deltas, skipped, notices), "adapter"
     if path.is_dir():
         _refuse_nested_adapter(path)
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
@@ -361,7 +361,7 @@ def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int])
         row = {name: gram[position, : position + 1].copy() for name, gram in dictionary.gram.items()}
         products = path / "gram" / f"{atom.name}.safetensors"
         save_file(row, products.with_suffix(".tmp"))
-        products.with_suffix(".tmp").rename(products)
+        products.with_suffix(".tmp").replace(products)
         entries.append(_entry(atom, products))
     manifest = {
         "schema": SCHEMA,
@@ -374,7 +374,7 @@ def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int])
     }
     temporary = path / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(path / MANIFEST)
+    temporary.replace(path / MANIFEST)
 
 
 def _copy_adapter(source: Path, destination: Path) -> None:

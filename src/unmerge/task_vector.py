@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from unmerge.alignment import Alignment, Skipped, has_vocabulary_rows, rename
+from unmerge.alignment import Alignment, Skipped, extra_rows, has_vocabulary_rows, rename
 from unmerge.checkpoint.adapter import Adapter, Factors
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.reader import Checkpoint
@@ -272,8 +272,10 @@ def checkpoint_deltas(alignment: Alignment) -> dict[str, Delta]:
     return {name: Difference(pair.other, pair.base) for name, pair in alignment.pairs.items()}
 
 
-def adapter_deltas(adapter: Adapter, base: Checkpoint, label: str) -> tuple[dict[str, Delta], tuple[str, ...]]:
-    """Return the changes that a PEFT LoRA adapter makes to the base, and notices about its names.
+def adapter_deltas(
+    adapter: Adapter, base: Checkpoint, label: str
+) -> tuple[dict[str, Delta], tuple[Skipped, ...], tuple[str, ...]]:
+    """Return the changes that a PEFT LoRA adapter makes to the base, what has no place there, and notices.
 
     Equal to what PEFT's ``merge_and_unload`` adds to each weight (``get_delta_weight`` and its variants).
 
@@ -285,19 +287,24 @@ def adapter_deltas(adapter: Adapter, base: Checkpoint, label: str) -> tuple[dict
     stored = [f"{module}.weight" for module in adapter.factors] + list(adapter.replaced)
     renamed, notices = rename(base.tensors.keys(), stored)
     deltas: dict[str, Delta] = {}
+    skipped: list[Skipped] = []
     for name, tensor in adapter.replaced.items():
         place = _base_tensor(base, renamed[name], label)
         _check_replaced(renamed[name], tensor, place, label)
         deltas[renamed[name]] = Difference(tensor, place)
+        skipped.extend(extra_rows(renamed[name], label, place.shape, tensor.shape))
     for module, factors in adapter.factors.items():
         name = renamed[f"{module}.weight"]
-        weight = _module_delta(name, factors, _base_tensor(base, name, label), adapter, label)
+        place = _base_tensor(base, name, label)
+        weight = _module_delta(name, factors, place, adapter, label)
+        if name not in deltas:
+            skipped.extend(extra_rows(name, label, place.shape, weight.shape))
         deltas[name] = Sum(deltas[name], weight) if _replaces(deltas.get(name)) else weight
         if factors.bias is not None:
             bias = name.removesuffix("weight") + "bias"
             _base_tensor(base, bias, f"{label} (lora_bias)")
             deltas[bias] = Scaled(factors.bias, factors.scale)
-    return dict(sorted(deltas.items())), notices
+    return dict(sorted(deltas.items())), tuple(skipped), notices
 
 
 def _replaces(delta: Delta | None) -> bool:

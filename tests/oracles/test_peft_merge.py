@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from unmerge.checkpoint.tensor import values
 from unmerge.compress import materialise
 from unmerge.dictionary import open_atom, open_base
 from unmerge.errors import AlignmentError, CheckpointError
@@ -179,3 +180,21 @@ def test_adapter_of_another_width_is_refused(tmp_path: Path) -> None:
     base = open_base(str(tmp_path / "base"))
     with pytest.raises(AlignmentError, match=r"has shape \[16, 32\], the base's tensor has \[32, 64\]"):
         open_atom(str(tmp_path / "adapter"), base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resized_embeddings_of_an_adapter_are_compared_in_common_rows_and_told(tmp_path: Path) -> None:
+    model = qwen2()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(50)
+    wrapped = adapted(model, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]})
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = wrapped.double().merge_and_unload().state_dict()
+    base = open_base(str(tmp_path / "base"))
+    vector = open_atom(str(tmp_path / "adapter"), base).vector
+    told = {(item.name, item.model, item.reason) for item in vector.skipped}
+    reason = "2 rows beyond the 48 that both have (resized vocabulary)"
+    assert told == {("model.embed_tokens.weight", "adapter", reason), ("lm_head.weight", "adapter", reason)}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        ours = values(base.checkpoint.tensors[name]) + materialise(vector, name)
+        np.testing.assert_array_equal(ours.astype(np.float32), merged[name].numpy()[:48].astype(np.float32))
