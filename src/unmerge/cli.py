@@ -14,6 +14,7 @@ from rich.console import Console
 
 from unmerge._version import __version__
 from unmerge.errors import UnmergeError
+from unmerge.experiment.command import app as experiment_app
 
 if TYPE_CHECKING:
     from unmerge.dictionary import Dictionary
@@ -30,6 +31,7 @@ dictionary_app = typer.Typer(
     help="Build and keep dictionaries of known fine-tunes.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(dictionary_app, name="dictionary")
+app.add_typer(experiment_app, name="experiment")
 
 _ATOM_HELP = "PEFT adapter, full checkpoint or dictionary: a path, org/name@revision, or NAME=PATH."
 Base = Annotated[str, typer.Option("--base", help="The model that everything was fine-tuned from: path or Hub id.")]

@@ -16,8 +16,8 @@ from unmerge.experiment.training import (
     ATTENTION,
     CHARACTERS,
     _answer_batch,
-    _draw_examples,
     character_tokenizer,
+    draw_examples,
     relative_delta_norm,
     train_adapter,
 )
@@ -52,7 +52,7 @@ def test_only_answers_are_labelled():
 
 
 def test_held_out_examples_are_not_trained_on():
-    train, tests = _draw_examples(TASKS["arjun_python_qa"], seed=0, train=50, held_out=20)
+    train, tests = draw_examples(TASKS["arjun_python_qa"], seed=0, train=50, held_out=20)
     assert len(train) == 50
     assert not set(train) & set(tests)
 

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,81 @@ def run_mergekit(recipe: Path, output: Path, *, seed: int | None = None) -> Path
         shutil.rmtree(output, ignore_errors=True)
         merged.rename(output)
     return output
+
+
+def merge_in_process(recipe: Path, output: Path, *, seed: int, threads: int = 1) -> Path:
+    """Merge with mergekit's public API: `run_mergekit` without starting a program, and without a tokenizer.
+
+    Importing mergekit takes ten times as long as merging small models, so many merges should share a process.
+
+    Parameters
+    ----------
+    recipe : path
+        YAML file; models in it are looked up relative to its folder.
+    output : path
+        Checkpoint folder to write.
+    seed : int
+        Of the masks of a dare merge.
+    threads : int
+        torch's CPU threads.
+
+    Returns
+    -------
+    path
+        `output`.
+
+    Raises
+    ------
+    UnmergeError
+        mergekit failed; the message holds its reason.
+    MissingExtraError
+        mergekit is not installed.
+    """
+    with _repeatable_merge(threads):
+        try:
+            from mergekit.config import MergeConfiguration
+            from mergekit.merge import run_merge
+            from mergekit.options import MergeOptions
+        except ImportError as error:
+            message = f"merging needs the package {error.name}: pip install 'unmerge[experiment]'"
+            raise MissingExtraError(message) from error
+        options = MergeOptions(random_seed=seed, quiet=True, write_model_card=False, copy_tokenizer=False)
+        try:
+            run_merge(MergeConfiguration.model_validate(_absolute(recipe)), str(output), options)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise UnmergeError(f"mergekit failed on {recipe}: {reason}") from error
+    return output
+
+
+@contextmanager
+def _repeatable_merge(threads: int) -> Iterator[None]:
+    """Fix torch's threads and hide what mergekit makes others warn of; random states are put back afterwards."""
+    import random
+
+    import numpy as np
+    import torch
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    previous, python, numpy_state = torch.get_num_threads(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        torch.set_num_threads(previous)
+        random.setstate(python)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _absolute(recipe: Path) -> dict[str, Any]:
+    """Return a recipe with its models' folders made absolute: this process may be somewhere else."""
+    document: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    folder = recipe.parent.resolve()
+    models = [{**model, "model": str(folder / model["model"])} for model in document["models"]]
+    base = {"base_model": str(folder / document["base_model"])} if "base_model" in document else {}
+    return {**document, **base, "models": models}

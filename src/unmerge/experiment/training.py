@@ -64,7 +64,7 @@ class TrainingRecord:
 
 
 @contextmanager
-def _repeatable(seed: int, threads: int) -> Iterator[torch.Generator]:
+def repeatable(seed: int, threads: int) -> Iterator[torch.Generator]:
     """Fix torch's seed and threads, hide loading bars, and put all of it back afterwards."""
     bars, previous = transformers.logging.is_progress_bar_enabled(), torch.get_num_threads()
     transformers.logging.disable_progress_bar()
@@ -200,7 +200,7 @@ def train_base(
         Its losses are over all characters of held-out windows.
     """
     start = time.perf_counter()
-    with _repeatable(seed, threads) as generator:
+    with repeatable(seed, threads) as generator:
         tokenizer = character_tokenizer()
         config = transformers.Qwen2Config(
             vocab_size=len(tokenizer),
@@ -235,7 +235,7 @@ def train_base(
     return TrainingRecord(before, after, None, time.perf_counter() - start)
 
 
-def _draw_examples(task: Task, seed: int, train: int, held_out: int) -> tuple[list[Example], list[Example]]:
+def draw_examples(task: Task, seed: int, train: int, held_out: int) -> tuple[list[Example], list[Example]]:
     """Return training and held-out examples; none of the held-out ones is trained on."""
     rng = np.random.default_rng(seed)
     tests = list(dict.fromkeys(task.example(rng) for _ in range(held_out)))
@@ -288,9 +288,9 @@ def train_adapter(
         Its losses are over the answers of examples that were not trained on.
     """
     start = time.perf_counter()
-    with _repeatable(seed, threads) as generator:
+    with repeatable(seed, threads) as generator:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        train, tests = _draw_examples(task, seed, examples, 64)
+        train, tests = draw_examples(task, seed, examples, 64)
         held_out = _answer_batch(tokenizer, tests)
         config = peft.LoraConfig(
             r=rank,
@@ -359,7 +359,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     output : path
         Folder to write.
     """
-    with _repeatable(0, 1):
+    with repeatable(0, 1):
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
         merged.save_pretrained(output)

@@ -112,9 +112,9 @@ def build_world(
     _write_summary(world, settings)
     if not world.base.exists():
         _build_base(world, settings)
-        progress(_line("base", _read_record(world.base)))
+        progress(_line("base", read_record(world.base)))
     _build_adapters(world, settings, workers, progress)
-    records = {"base": _read_record(world.base)} | {task: _read_record(world.adapter(task)) for task in tasks}
+    records = {"base": read_record(world.base)} | {task: read_record(world.adapter(task)) for task in tasks}
     world = World(folder, tuple(tasks), records)
     _write_summary(world, settings)
     return world
@@ -149,11 +149,12 @@ def _write_summary(world: World, settings: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _read_record(part: Path) -> TrainingRecord:
+def read_record(part: Path) -> TrainingRecord:
+    """Return the record that `write_part` left in an adapter or a base."""
     return TrainingRecord(**json.loads((part / RECORD).read_text(encoding="utf-8")))
 
 
-def _write_part(part: Path, write: Callable[[Path], TrainingRecord | None]) -> None:
+def write_part(part: Path, write: Callable[[Path], TrainingRecord | None]) -> None:
     """Have `write` fill a temporary folder beside `part`, add its record, and rename it into place."""
     part.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{part.name}-", dir=part.parent))
@@ -167,14 +168,14 @@ def _write_part(part: Path, write: Callable[[Path], TrainingRecord | None]) -> N
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _part_seed(seed: int, name: str) -> int:
+def part_seed(seed: int, name: str) -> int:
     """Return a seed of its own for each kind of part."""
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
 def _build_base(world: World, settings: Mapping[str, Any]) -> None:
-    seed = _part_seed(settings["seed"], "base")
-    _write_part(world.base, lambda output: train_base(output, seed=seed, **settings["base"]))
+    seed = part_seed(settings["seed"], "base")
+    write_part(world.base, lambda output: train_base(output, seed=seed, **settings["base"]))
 
 
 def _build_adapter(world: World, settings: Mapping[str, Any], name: str) -> str:
@@ -182,14 +183,14 @@ def _build_adapter(world: World, settings: Mapping[str, Any], name: str) -> str:
     adapter, checkpoint = world.adapter(name), world.checkpoint(name)
     # One seed for all adapters, as when one script is run once per task: they start from the same matrices,
     # so the changes of related tasks overlap instead of being orthogonal by chance.
-    seed = _part_seed(settings["seed"], "adapters")
+    seed = part_seed(settings["seed"], "adapters")
     if not adapter.exists():
-        _write_part(
+        write_part(
             adapter,
             lambda output: train_adapter(world.base, TASKS[name], output, seed=seed, **settings["adapters"]),
         )
     if not checkpoint.exists():
-        _write_part(checkpoint, lambda output: merge_adapter(world.base, adapter, output))
+        write_part(checkpoint, lambda output: merge_adapter(world.base, adapter, output))
     return name
 
 
@@ -198,12 +199,12 @@ def _build_adapters(world: World, settings: Mapping[str, Any], workers: int, pro
     if min(workers, len(missing)) <= 1:
         for name in missing:
             _build_adapter(world, settings, name)
-            progress(_line(name, _read_record(world.adapter(name))))
+            progress(_line(name, read_record(world.adapter(name))))
         return
     # Spawned, because a forked process inherits torch's threads in a state that can deadlock.
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_build_adapter, world, settings, name) for name in missing]):
-            progress(_line(done.result(), _read_record(world.adapter(done.result()))))
+            progress(_line(done.result(), read_record(world.adapter(done.result()))))
 
 
 def _line(name: str, record: TrainingRecord) -> str:
