@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint experiment bench docs clean
 
 # One environment for everything; rebuilt only when the requirements change.
 .venv/ready: pyproject.toml constraints.txt
@@ -19,6 +19,11 @@ lint: .venv/ready
 
 test: lint
 	$(BIN)/pytest
+
+# The paper's experiment in miniature: ten minutes on 2 cores.
+experiment: .venv/ready
+	$(BIN)/unmerge experiment run --preset micro --output experiment-output
+	$(BIN)/unmerge experiment tables experiment-output
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
