@@ -270,3 +270,20 @@ def test_an_experiment_of_other_settings_is_refused(copy):
 def test_seeds_are_checked(tmp_path, seeds):
     with pytest.raises(UnmergeError, match="give at least one, and none twice"):
         run(TINY, tmp_path, seeds=seeds)
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("mine")
+    with pytest.raises(UnmergeError, match="is not empty, and not the folder of an experiment"):
+        run(TINY, tmp_path, seeds=(0,))
+    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+    assert (tmp_path / ".git" / "config").read_text() == "mine"
+
+
+def test_hidden_files_of_others_survive_a_second_run(copy):
+    (copy / ".gitignore").write_text("*")
+    (copy / ".results.parquet.partial").write_text("left by a kill")
+    run(TINY, copy, seeds=(0,))
+    assert (copy / ".gitignore").read_text() == "*"
+    assert not (copy / ".results.parquet.partial").exists()

@@ -187,6 +187,8 @@ def _claim(preset: Preset, output: Path) -> None:
             raise UnmergeError(f"{message}: delete it or choose another folder")
         return
     output.mkdir(parents=True, exist_ok=True)
+    if any(not path.name.startswith(f".{layout.SETTINGS}") for path in output.iterdir()):
+        raise UnmergeError(f"{output} is not empty, and not the folder of an experiment: choose another folder")
     write_json(path, described)
 
 
@@ -196,9 +198,10 @@ def describe(preset: Preset) -> dict[str, Any]:
 
 
 def _sweep(output: Path) -> None:
-    """Delete the unfinished parts that a killed run left behind; all their names begin with a dot."""
-    folders = [output, *(path for seed in output.glob("seed-*") for path in seed.iterdir() if path.is_dir())]
-    for path in (left for folder in folders for left in folder.glob(".*")):
+    """Delete the unfinished parts that a killed run left behind, and nothing that is not an experiment's."""
+    folders = [path for seed in output.glob("seed-*") for path in seed.iterdir() if path.is_dir()]
+    found = [left for folder in folders for left in folder.glob(".*")]
+    for path in [*found, *output.glob(".base-*"), *output.glob(".*.partial")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
