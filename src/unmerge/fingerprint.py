@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -109,8 +109,3 @@ def check_same_base(alignment: Alignment, label: str) -> None:
             "merge has over 0.9); give the base that it was made from"
         )
         raise AlignmentError(message)
-
-
-def same_digest(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
-    """Return the names whose digests differ or are missing, sorted."""
-    return sorted(name for name, digest in expected.items() if found.get(name) != digest)
