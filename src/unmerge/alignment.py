@@ -20,7 +20,8 @@ _PREFIXES = ("model.language_model.", "language_model.", "base_model.model.", "_
 _VOCABULARY = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.weight$"
 )
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(?P<layer>\d+)\.(?P<module>.+)$")
+"""What a tensor's name says of its layer's number and of its module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ def _check_names(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], label
 
 def layer_count(names: Collection[str]) -> int:
     """Return the number of different layer indices in tensor names."""
-    return len({match[1] for name in names if (match := _LAYER.search(name))})
+    return len({match["layer"] for name in names if (match := LAYER.search(name))})
 
 
 def _check_shapes(name: str, pair: Pair, label: str) -> list[Skipped]:

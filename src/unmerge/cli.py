@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a verification that failed, 2 bad usage or bad input (one 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -147,7 +148,7 @@ def dictionary_add(
 
 
 def _run(
-    verb: object,
+    verb: Callable[..., Dictionary],
     folder: Path,
     atoms: list[str],
     base: str,
@@ -161,7 +162,7 @@ def _run(
 
     with progress_bar(Console(stderr=True), enabled=not quiet) as start:
         threads = workers or os.cpu_count() or 1
-        made = verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start)  # type: ignore[operator]
+        made = verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start)
     _show(made)
 
 

@@ -17,8 +17,6 @@ from unmerge.statistics import Statistics
 from unmerge.task_vector import Delta, Difference, TaskVector, blocks
 
 IndexArray = NDArray[np.int64]
-PAPER_TOP_K = 1_000_000
-"""The paper's number of coordinates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

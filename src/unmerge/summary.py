@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from unmerge import metrics
 from unmerge._version import __version__
-from unmerge.alignment import Skipped
+from unmerge.alignment import LAYER, Skipped
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.source import Source
 from unmerge.dictionary import Atom, Base
@@ -33,7 +32,6 @@ from unmerge.task_vector import TaskVector
 
 PRESENT_ABOVE = 0.01
 """The paper's cut on a coefficient."""
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
 
 def model_reference(source: Source, digest: str, kind: str) -> ModelReference:
@@ -153,12 +151,12 @@ def _method(regression: Regression, solution: Solution, solver: Solver, names: S
 
 
 def _layer_of(name: str) -> str:
-    match = _LAYER.search(name)
+    match = LAYER.search(name)
     return match["layer"] if match else "other"
 
 
 def _module_of(name: str) -> str:
-    match = _LAYER.search(name)
+    match = LAYER.search(name)
     return (match["module"] if match else name).removesuffix(".weight")
 
 

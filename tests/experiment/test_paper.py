@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 
-from unmerge.compress import PAPER_TOP_K
 from unmerge.experiment import paper
 from unmerge.experiment.decomposition import solver
 from unmerge.experiment.presets import PRESETS
@@ -55,7 +54,7 @@ def test_the_qwen_preset_is_the_papers():
     }
     assert preset.methods["ties"] == {"density": 0.5, "normalize": True, "int8_mask": True}
     assert preset.methods["dare_linear"] == {"density": 0.5}
-    assert preset.top_k == PAPER_TOP_K
+    assert f"k = {preset.top_k:,} //" in facts["compression"]["select"]
     assert facts["compression"]["select"].endswith(str(preset.top_k // facts["compression"]["modules"]))
 
 

@@ -143,7 +143,7 @@ def draw_errors(runs: Sequence[Run], paper: Mapping[Quantity, tuple[float, float
     runs : sequence of Run
         The results.
     paper : mapping
-        What `unmerge.experiment.tables.paper_numbers` returns.
+        What `unmerge.experiment.aggregation.paper_numbers` returns.
     """
     figure = _new_figure(9.2, 4.4)
     panels = list(figure.subplots(1, len(GROUPS), sharey=True))
@@ -333,7 +333,7 @@ def draw_precision_recall(runs: Sequence[Run], paper: Mapping[Quantity, tuple[fl
     runs : sequence of Run
         The results.
     paper : mapping
-        What `unmerge.experiment.tables.paper_numbers` returns.
+        What `unmerge.experiment.aggregation.paper_numbers` returns.
     """
     figure = _new_figure(9.2, 4.8)
     # In an unknown merge no component is known, so there is nothing to find.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,15 @@ def targets(preset: Preset, seed: int) -> list[Target]:
     ]
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a document under another name, then rename it: a reader never sees half of it."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield another name to write a file under, and rename it at the end: a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    yield temporary
     temporary.replace(path)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document whole; see `whole`."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 from unmerge.attribution import open_target
 from unmerge.compress import Selection, compressed_statistics, select_top_k
 from unmerge.dictionary import Atom, Base, Dictionary, combine, open_atom, open_base
-from unmerge.experiment.layout import Place, Target
+from unmerge.experiment.layout import Place, Target, whole
 from unmerge.experiment.mergekit import merge_in_process, write_recipe
 from unmerge.experiment.presets import Preset
 from unmerge.experiment.world import part_seed
@@ -161,9 +161,8 @@ def save_reduced(path: Path, reduced: Reduced) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub takes its own keyword for one
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_reduced(path: Path) -> Reduced:

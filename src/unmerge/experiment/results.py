@@ -10,6 +10,7 @@ from typing import Any
 
 from unmerge.errors import MissingExtraError
 from unmerge.experiment.decomposition import Row
+from unmerge.experiment.layout import whole
 
 METADATA = b"unmerge"
 """Key of the JSON document in the file's metadata."""
@@ -45,9 +46,8 @@ def write_results(path: Path, rows: Sequence[Row], metadata: Mapping[str, Any]) 
         raise MissingExtraError("results need the package pyarrow: pip install 'unmerge[experiment]'") from error
     document = json.dumps(metadata, sort_keys=True).encode()
     table = pa.Table.from_pylist(list(rows), schema=_schema(pa).with_metadata({METADATA: document}))
-    temporary = path.with_name(f".{path.name}.partial")
-    parquet.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
