@@ -101,24 +101,25 @@ def merged(world: World, merge: Merge) -> Path:
 def comparison(merge: Merge, found: Attribution) -> Table:
     """Set what was found beside what was true."""
     table = Table("component", title=f"{merge.name} ({merge.method})", title_justify="left")
-    for heading in ("true", "found", "95 % interval", "present"):
+    for heading in ("true", "present", "weight", "95 % interval", "fit"):
         table.add_column(heading, justify="right")
     for component in found.components:
         low_high = component.interval
         table.add_row(
             component.name,
             f"{merge.coefficients.get(component.name, 0.0):.4f}",
-            f"{component.coefficient:.4f}",
-            "none" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}",
             {True: "yes", False: "no", None: "cannot tell"}[component.present],
+            "" if component.weight is None else f"{component.weight:.4f}",
+            "none" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}",
+            f"{component.coefficient:.4f}",
         )
     return table
 
 
 def mean_error(merge: Merge, found: Attribution) -> float:
-    """Return the mean absolute difference between true and found coefficients over the dictionary."""
+    """Return the mean absolute difference between true and found weights over the dictionary."""
     true = merge.coefficients
-    return fmean(abs(one.coefficient - true.get(one.name, 0.0)) for one in found.components)
+    return fmean(abs((one.weight or 0.0) - true.get(one.name, 0.0)) for one in found.components)
 
 
 def take_apart(world: World, merge: Merge, console: Console) -> None:
@@ -129,9 +130,8 @@ def take_apart(world: World, merge: Merge, console: Console) -> None:
     found = attribute(target, atoms, base=world.base, signed=merge.signed)
     seconds = time.perf_counter() - start
     console.print(comparison(merge, found))
-    share, floor = found.unexplained.share, found.unexplained.rounding_floor
-    console.print(f"unexplained: {share:.2%} of the energy; rounding alone: about {floor:.2%}")
-    console.print(f"mean absolute coefficient error: {mean_error(merge, found):.4f}; time: {seconds:.2f} s")
+    console.print(found.verdict)
+    console.print(f"mean absolute error of the weights: {mean_error(merge, found):.4f}; time: {seconds:.2f} s")
     console.print(f"{merge.note}\n")
 
 

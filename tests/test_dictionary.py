@@ -8,12 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 import unmerge
 from tests.conftest import Shelf
 from unmerge import accumulate, dictionary
-from unmerge.dictionary import MANIFEST, add, build, open_base, open_dictionary, read_manifest, verify
+from unmerge.checkpoint.tensor import FileTensor
+from unmerge.compress import materialise
+from unmerge.dictionary import MANIFEST, add, build, open_atom, open_base, open_dictionary, read_manifest, verify
+from unmerge.directions import DIRECTIONS, directions
 from unmerge.errors import DictionaryError, UnmergeError
+from unmerge.task_vector import LowRank, TaskVector
 from unmerge.testing import quantise, tiny_model, write_checkpoint
 
 
@@ -46,8 +52,8 @@ def test_adding_computes_only_the_new_row(shelf: Shelf, tmp_path: Path, monkeypa
     shapes: list[tuple[int, int]] = []
     real = accumulate.unit_products
 
-    def watched(unit: accumulate.Unit, new: object, known: object) -> accumulate.Products:
-        result = real(unit, new, known)  # type: ignore[arg-type]
+    def watched(unit: accumulate.Unit, new: object, known: object, *rest: object) -> accumulate.Products:
+        result = real(unit, new, known, *rest)  # type: ignore[arg-type]
         shapes.append(result.gram.shape)
         return result
 
@@ -92,21 +98,127 @@ def test_a_resharded_base_is_the_same_base(shelf: Shelf, tmp_path: Path) -> None
     assert verify(tmp_path / "d", str(copy)) == []
 
 
+class TestDirections:
+    def test_a_full_checkpoint_keeps_its_leading_directions(self, shelf: Shelf, tmp_path: Path) -> None:
+        built = build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
+        opened = open_dictionary(tmp_path / "d", open_base(shelf.base))
+        for found in (built, opened):
+            full = found.atoms[1]
+            assert full.directions is not None
+            assert (full.directions.name, full.directions.digest) == ("full", full.vector.digest)
+            expected = directions(full.vector)
+            assert full.directions.deltas.keys() == expected.deltas.keys()
+            for name, delta in full.directions.deltas.items():
+                assert isinstance(delta, LowRank)
+                assert delta.rank == min(DIRECTIONS, *delta.shape)
+                # Kept in F32, and read when asked for, as every stored tensor.
+                assert isinstance(delta.left_factor, FileTensor)
+                assert delta.left_factor.dtype.name == "F32"
+                assert delta.left_factor.origin == tmp_path / "d" / "directions" / "full.safetensors"
+                np.testing.assert_array_equal(materialise(full.directions, name), materialise(expected, name))
+
+    def test_an_adapter_serves_as_its_own(self, shelf: Shelf, tmp_path: Path) -> None:
+        for found in (
+            build(tmp_path / "d", shelf.paths("add"), shelf.base),
+            open_dictionary(tmp_path / "d", open_base(shelf.base)),
+        ):
+            assert found.atoms[0].directions is found.atoms[0].vector
+        assert not (tmp_path / "d" / "directions").exists()
+        assert read_manifest(tmp_path / "d")["atoms"][0]["directions_sha256"] is None
+
+    def test_an_adapter_with_a_whole_matrix_does_not(self, shelf: Shelf, tmp_path: Path) -> None:
+        weights = shelf.folder / "add" / "adapter_model.safetensors"
+        head = (shelf.model["lm_head.weight"] + 0.1).astype(np.float32)
+        save_file({**load_file(weights), "base_model.model.lm_head.weight": head}, weights)
+        assert build(tmp_path / "d", shelf.paths("add"), shelf.base).atoms[0].directions is None
+
+    def test_an_atom_outside_of_a_dictionary_has_none(self, shelf: Shelf) -> None:
+        assert open_atom(shelf.path("full"), open_base(shelf.base)).directions is None
+
+    def test_they_are_computed_once(self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[str] = []
+
+        def watched(vector: TaskVector, *, workers: int) -> TaskVector:
+            asked.append(vector.name)
+            return directions(vector, workers=workers)
+
+        monkeypatch.setattr(dictionary, "directions", watched)
+        build(tmp_path / "d", shelf.paths("full"), shelf.base)
+        before = everything(tmp_path / "d")
+        grown = add(tmp_path / "d", shelf.paths("add", "merge"), shelf.base)
+        open_dictionary(tmp_path / "d", open_base(shelf.base))
+        assert asked == ["full", "merge"]
+        assert all(atom.directions is not None for atom in grown.atoms)
+        after = everything(tmp_path / "d")
+        assert {name for name in before if after[name] != before[name]} == {MANIFEST}
+
+    def test_a_checkpoint_of_changed_norms_alone_has_no_directions(self, shelf: Shelf, tmp_path: Path) -> None:
+        tuned = {name: value + 0.1 * (value.ndim == 1) for name, value in shelf.model.items()}
+        write_checkpoint(tmp_path / "norms", tuned, "F32")
+        build(tmp_path / "d", [str(tmp_path / "norms")], shelf.base)
+        found = open_dictionary(tmp_path / "d", open_base(shelf.base)).atoms[0].directions
+        assert found is not None
+        assert not found.deltas
+        assert verify(tmp_path / "d") == []
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"lm_head.weight.left": np.zeros((64, 2), np.float32)},
+            {"lm_head.weight.right": np.zeros((2, 32), np.float32)},
+            {
+                "lm_head.weight.left": np.zeros((64, 2), np.float32),
+                "lm_head.weight.right": np.zeros((3, 32), np.float32),
+            },
+            {
+                "lm_head.weight.left": np.zeros((63, 2), np.float32),
+                "lm_head.weight.right": np.zeros((2, 32), np.float32),
+            },
+            {
+                "no_such.weight.left": np.zeros((64, 2), np.float32),
+                "no_such.weight.right": np.zeros((2, 32), np.float32),
+            },
+        ],
+        ids=["no right", "no left", "ranks", "rows", "name"],
+    )
+    def test_incomplete_factors_are_refused(
+        self, shelf: Shelf, tmp_path: Path, change: dict[str, NDArray[np.float32]]
+    ) -> None:
+        build(tmp_path / "d", shelf.paths("full"), shelf.base)
+        save_file(change, tmp_path / "d" / "directions" / "full.safetensors")
+        with pytest.raises(DictionaryError, match=r"the directions of 'full' in tensor '.*' are incomplete; build"):
+            open_dictionary(tmp_path / "d", open_base(shelf.base))
+
+    def test_missing_ones_are_refused(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("full"), shelf.base)
+        (tmp_path / "d" / "directions" / "full.safetensors").unlink()
+        assert verify(tmp_path / "d") == ["atom full: its leading directions are missing or changed"]
+        with pytest.raises(UnmergeError, match="cannot be read"):
+            open_dictionary(tmp_path / "d", open_base(shelf.base))
+
+
 class TestVerify:
     def test_sound(self, shelf: Shelf, tmp_path: Path) -> None:
         build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
         assert verify(tmp_path / "d") == []
 
-    @pytest.mark.parametrize("file", ["atoms/add/adapter_model.safetensors", "gram/add.safetensors"])
-    def test_one_flipped_bit_is_found(self, shelf: Shelf, tmp_path: Path, file: str) -> None:
-        build(tmp_path / "d", shelf.paths("sub", "add"), shelf.base)
+    @pytest.mark.parametrize(
+        ("file", "atom"),
+        [
+            ("atoms/add/adapter_model.safetensors", "add"),
+            ("gram/add.safetensors", "add"),
+            ("directions/full.safetensors", "full"),
+        ],
+    )
+    def test_one_flipped_bit_is_found(self, shelf: Shelf, tmp_path: Path, file: str, atom: str) -> None:
+        build(tmp_path / "d", shelf.paths("sub", "add", "full"), shelf.base)
         path = tmp_path / "d" / file
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content)
         faults = verify(tmp_path / "d")
         assert len(faults) == 1
-        assert faults[0].startswith("atom add: ")
+        assert faults[0].startswith(f"atom {atom}: ")
 
     def test_a_changed_checkpoint_is_found_and_refused(self, shelf: Shelf, tmp_path: Path) -> None:
         build(tmp_path / "d", shelf.paths("full"), shelf.base)
@@ -140,17 +252,18 @@ class TestCrash:
             build(tmp_path / "d", shelf.paths("add"), shelf.base)
         assert list(tmp_path.iterdir()) == [shelf.folder]
 
+    @pytest.mark.parametrize("atom", ["sub", "full"])
     def test_a_stopped_addition_is_as_if_it_never_began(
-        self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atom: str
     ) -> None:
         build(tmp_path / "d", shelf.paths("add"), shelf.base)
         with monkeypatch.context() as patch:
             patch.setattr(dictionary, "_entry", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                add(tmp_path / "d", shelf.paths("sub"), shelf.base)
+                add(tmp_path / "d", shelf.paths(atom), shelf.base)
         assert [entry["name"] for entry in read_manifest(tmp_path / "d")["atoms"]] == ["add"]
         assert verify(tmp_path / "d") == []
-        add(tmp_path / "d", shelf.paths("sub"), shelf.base)
+        add(tmp_path / "d", shelf.paths(atom), shelf.base)
         assert verify(tmp_path / "d") == []
 
 
@@ -178,6 +291,7 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"schema": "unmerge/dictionary/99"}, "schema 'unmerge/dictionary/99'; this version reads"),
+            ({"schema": "unmerge/dictionary/1"}, "schema 'unmerge/dictionary/1'; .*/2; build it again$"),
             ({"atoms": [{"name": "../../etc", "kind": "adapter"}]}, "damaged: one of its atoms"),
             ({"atoms": [{"name": "a", "kind": "pickle"}]}, "damaged: one of its atoms"),
             ({"base": {}}, "damaged: its base"),
@@ -188,6 +302,17 @@ class TestRefusals:
         manifest = read_manifest(tmp_path / "d")
         (tmp_path / "d" / MANIFEST).write_text(json.dumps({**manifest, **change}))
         with pytest.raises(DictionaryError, match=message):
+            read_manifest(tmp_path / "d")
+
+    @pytest.mark.parametrize(("name", "value"), [("full", None), ("add", "0" * 64)])
+    def test_directions_are_of_checkpoints_alone(
+        self, shelf: Shelf, tmp_path: Path, name: str, value: str | None
+    ) -> None:
+        build(tmp_path / "d", shelf.paths(name), shelf.base)
+        manifest = read_manifest(tmp_path / "d")
+        manifest["atoms"][0]["directions_sha256"] = value
+        (tmp_path / "d" / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DictionaryError, match="damaged: one of its atoms is incomplete"):
             read_manifest(tmp_path / "d")
 
     def test_not_a_dictionary(self, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.errors import TargetError
@@ -26,6 +27,10 @@ SAMPLE_RUNS = 16
 """Row runs that are read of a sampled tensor."""
 SAMPLE_ELEMENTS = 1 << 16
 """Elements of one such run, about."""
+LINES = 256
+"""Rows and columns of a tensor that a contact keeps."""
+CORNERS = 16
+"""Tensors whose kept rows and columns are looked at element by element, with all atoms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,49 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Contact:
+    """How a target V (m x n) meets the low-rank changes L_j R_j of one tensor, r_j the ranks and r their sum.
+
+    Inner products tell how much of V points along a change; this tells in which directions of the change it
+    does, and what else V holds in the rows and columns that the change lives in. Additive over ranges of rows.
+
+    Attributes
+    ----------
+    ranks : tuple of (str, int)
+        Digest and rank of each change, in the order of the stacked axes; scales are multiplied into L_j.
+    rows, columns : array of int, shapes (s,) and (c,)
+        The lines that were kept.
+    cores : array, shape (r, k)
+        L_j' V R_j' of each change, one below the other, padded with zeros to the largest rank k.
+    along : array of float32, shape (s, r)
+        V R' in the kept rows.
+    across : array, shape (r, c)
+        L' V in the kept columns.
+    corner : array of float32, shape (s, c)
+        V in the kept rows and columns.
+    """
+
+    ranks: tuple[tuple[str, int], ...]
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    cores: FloatArray
+    along: NDArray[np.float32]
+    across: FloatArray
+    corner: NDArray[np.float32]
+
+    def __add__(self, other: Contact) -> Contact:
+        return Contact(
+            self.ranks,
+            np.concatenate([self.rows, other.rows]),
+            self.columns,
+            self.cores + other.cores,
+            np.concatenate([self.along, other.along]),
+            self.across + other.across,
+            np.concatenate([self.corner, other.corner]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Products:
     """Inner products of P new task vectors with all N = P + Q over some parameters; additive.
 
@@ -55,14 +103,18 @@ class Products:
         Energy that storage rounding accounts for, in squared weight units.
     count : int
         The number of parameters.
+    contact : Contact or None
+        Of the last new task vector, if it was asked for and changes the tensor.
     """
 
     gram: FloatArray
     rounding: FloatArray
     count: int
+    contact: Contact | None = None
 
     def __add__(self, other: Products) -> Products:
-        return Products(self.gram + other.gram, self.rounding + other.rounding, self.count + other.count)
+        contact = self.contact + other.contact if self.contact and other.contact else None
+        return Products(self.gram + other.gram, self.rounding + other.rounding, self.count + other.count, contact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +133,8 @@ class Plan:
         Bytes that one worker holds at once, at most.
     workers : int
         How many units run at once.
+    kept_memory : int
+        Bytes of the contacts, which stay.
     """
 
     units: tuple[Unit, ...]
@@ -88,11 +142,12 @@ class Plan:
     sampled: frozenset[str]
     unit_memory: int
     workers: int
+    kept_memory: int = 0
 
     @property
     def memory(self) -> int:
         """Bytes that all workers together hold at once, at most (files and interpreter not counted)."""
-        return self.workers * self.unit_memory
+        return self.workers * self.unit_memory + self.kept_memory
 
     @property
     def count(self) -> int:
@@ -105,6 +160,7 @@ def plan(
     vectors: Sequence[TaskVector],
     *,
     sample: Collection[str] = (),
+    contacts: Collection[str] = (),
     workers: int = 1,
 ) -> Plan:
     """Cut tensors into units of work.
@@ -117,6 +173,8 @@ def plan(
         All task vectors that will be read, for the memory bound.
     sample : collection of str
         Tensors of which some runs of rows, chosen by the tensor's name, are enough; small ones are read whole.
+    contacts : collection of str
+        Tensors of which a `Contact` is kept, for the memory bound.
     workers : int
         How many units run at once, for the memory bound.
     """
@@ -132,7 +190,25 @@ def plan(
             units.extend(Unit(name, start, min(rows, start + step), columns) for start in range(0, rows, step))
     sizes = {name: rows * columns for name, (rows, columns) in sorted(shapes.items())}
     unit_memory = max((_unit_memory(unit, vectors) for unit in units), default=0)
-    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers)
+    met = {name: shapes[name] for name in contacts if name in shapes}
+    kept = sum(_contact_memory(name, shape, vectors) for name, shape in met.items()) + _evidence_memory(met, vectors)
+    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers, kept)
+
+
+def lines(name: str, shape: tuple[int, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Choose the rows and the columns that a tensor's contact keeps; seeded by its name, so they can be repeated."""
+    rows, columns = (
+        np.sort(np.random.default_rng([axis, *name.encode()]).permutation(extent)[:LINES])
+        for axis, extent in enumerate(shape)
+    )
+    return rows.astype(np.intp), columns.astype(np.intp)
+
+
+def _contact_memory(name: str, shape: tuple[int, int], vectors: Sequence[TaskVector]) -> int:
+    ranks = [delta.rank for vector in vectors if isinstance(delta := vector.deltas.get(name), LowRank)]
+    rows, columns = (min(LINES, extent) for extent in shape)
+    # What is kept, and the same once more while the units' parts are added.
+    return 2 * sum(ranks) * (8 * max(ranks, default=0) + 4 * rows + 8 * columns) + 8 * rows * columns
 
 
 def _sample_runs(name: str, rows: int, columns: int) -> list[tuple[int, int]] | None:
@@ -157,11 +233,25 @@ def _unit_memory(unit: Unit, vectors: Sequence[TaskVector]) -> int:
     return (dense + 3) * block + factors + 8 * rank * block_rows
 
 
+def _evidence_memory(shapes: Mapping[str, tuple[int, int]], vectors: Sequence[TaskVector]) -> int:
+    """Return what looking at the contacts takes: all factors of one tensor, and corners with all atoms, twice."""
+    ranks = {name: sum(_rank(vector, name) for vector in vectors) for name in shapes}
+    stacked = max((3 * 8 * ranks[name] * (rows + columns) for name, (rows, columns) in shapes.items()), default=0)
+    corner = 8 * (LINES * LINES // 2) * (len(vectors) + 8)
+    return stacked + 2 * min(CORNERS, len(shapes)) * corner
+
+
+def _rank(vector: TaskVector, name: str) -> int:
+    delta = vector.deltas.get(name)
+    return delta.rank if isinstance(delta, LowRank) else 0
+
+
 def accumulate(
     work: Plan,
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
     *,
+    contacts: Mapping[str, tuple[int, int]] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, list[Products]]:
     """Compute the inner products of every unit of a plan.
@@ -173,6 +263,9 @@ def accumulate(
     new, known : sequences of TaskVector
         See the module's notation. Give them in a fixed order (by digest) for results that are equal to the
         bit.
+    contacts : mapping, optional
+        The (rows, columns) of the tensors in which the contact of the last new task vector with all low-rank
+        ones is wanted.
     advance : callable, optional
         Called with the number of parameters of each finished unit.
 
@@ -193,7 +286,8 @@ def accumulate(
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
         parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator")
-        results = parallel(delayed(unit_products)(unit, new, known) for unit in work.units)
+        kept = {name: lines(name, shape) for name, shape in (contacts or {}).items()}
+        results = parallel(delayed(unit_products)(unit, new, known, kept.get(unit.name)) for unit in work.units)
         for unit, result in zip(work.units, results, strict=True):
             found[unit.name].append(result)
             if advance is not None:
@@ -201,8 +295,13 @@ def accumulate(
     return found
 
 
-def unit_products(unit: Unit, new: Sequence[TaskVector], known: Sequence[TaskVector]) -> Products:
-    """Compute the inner products of one unit; see `accumulate`."""
+def unit_products(
+    unit: Unit,
+    new: Sequence[TaskVector],
+    known: Sequence[TaskVector],
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None = None,
+) -> Products:
+    """Compute the inner products of one unit, and the last new one's contact if `kept` names lines of it."""
     vectors = (*new, *known)
     deltas = [vector.deltas.get(unit.name) for vector in vectors]
     # Low-rank operands in the order of digests: the same bits in whatever order they were given.
@@ -211,13 +310,86 @@ def unit_products(unit: Unit, new: Sequence[TaskVector], known: Sequence[TaskVec
     dense = {i: delta for i, delta in enumerate(deltas) if delta is not None and i not in low}
     sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
     sums.add_low_rank(low)
+    target = len(new) - 1
+    others = [(vectors[i].digest, factors) for i, factors in low.items() if i != target]
+    contact: Contact | None = None
+    if kept is not None and target in low and others:
+        contact = _low_rank_contact(low[target], others, unit, kept)
     if dense and any(i < len(new) for i in (*dense, *low)):
         stacked = np.concatenate([factors.right for factors in low.values()]) if low else None
         for start, stop in blocks(unit.start, unit.stop, unit.columns):
             lefts = {i: factors.left[start - unit.start : stop - unit.start] for i, factors in low.items()}
-            sums.add_dense({i: delta.block(start, stop) for i, delta in dense.items()}, lefts, stacked)
+            read = {i: delta.block(start, stop) for i, delta in dense.items()}
+            projected = sums.add_dense(read, lefts, stacked)
+            if kept is not None and target in projected and others:
+                part = _contact(read[target][0], projected[target], list(lefts.values()), others, start, kept)
+                contact = part if contact is None else contact + part
     _check_finite(sums.gram, unit, new)
-    return Products(sums.gram[: len(new)], sums.rounding, unit.count)
+    return Products(sums.gram[: len(new)], sums.rounding, unit.count, contact)
+
+
+def _contact(
+    block: FloatArray,
+    projected: FloatArray,
+    lefts: Sequence[FloatArray],
+    others: Sequence[tuple[str, _Factors]],
+    start: int,
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]],
+) -> Contact:
+    """Return the contact of the rows of one block; `projected` is its product with the stacked right factors."""
+    rows, columns = kept
+    inside = rows[(rows >= start) & (rows < start + len(block))]
+    left = np.concatenate(list(lefts), axis=1)
+    taken = block[inside - start]
+    return Contact(
+        _ranks(others),
+        inside,
+        columns,
+        _cores(left, projected, others),
+        projected[inside - start].astype(np.float32),
+        left.T @ block[:, columns],
+        taken[:, columns].astype(np.float32),
+    )
+
+
+def _low_rank_contact(
+    target: _Factors,
+    others: Sequence[tuple[str, _Factors]],
+    unit: Unit,
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]],
+) -> Contact:
+    """Return the contact of a low-rank target, which needs no block."""
+    rows, columns = kept
+    inside = rows[(rows >= unit.start) & (rows < unit.stop)]
+    left = np.concatenate([factors.left for _, factors in others], axis=1)
+    right = np.concatenate([factors.right for _, factors in others])
+    taken = target.left[inside - unit.start]
+    projected = target.left @ (target.right @ right.T)
+    return Contact(
+        _ranks(others),
+        inside,
+        columns,
+        _cores(left, projected, others),
+        projected[inside - unit.start].astype(np.float32),
+        (left.T @ target.left) @ target.right[:, columns],
+        (taken @ target.right[:, columns]).astype(np.float32),
+    )
+
+
+def _ranks(others: Sequence[tuple[str, _Factors]]) -> tuple[tuple[str, int], ...]:
+    return tuple((digest, len(factors.right)) for digest, factors in others)
+
+
+def _cores(left: FloatArray, projected: FloatArray, others: Sequence[tuple[str, _Factors]]) -> FloatArray:
+    """Return L_j' (V R_j') of every change, one below the other."""
+    ranks = [len(factors.right) for _, factors in others]
+    cores = np.zeros((sum(ranks), max(ranks)))
+    start = 0
+    for rank in ranks:
+        stop = start + rank
+        cores[start:stop, :rank] = left[:, start:stop].T @ projected[:, start:stop]
+        start = stop
+    return cores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,8 +433,15 @@ class _Sums:
         dense: Mapping[int, tuple[FloatArray, float]],
         lefts: Mapping[int, FloatArray],
         stacked: FloatArray | None,
-    ) -> None:
-        """Add one block's products between dense changes, and of dense with low-rank ones."""
+    ) -> dict[int, FloatArray]:
+        """Add one block's products between dense changes, and of dense with low-rank ones.
+
+        Returns
+        -------
+        dict
+            Of each dense change that meets a low-rank one, its product with the stacked right factors.
+        """
+        products: dict[int, FloatArray] = {}
         for i, (block, energy) in dense.items():
             if i < len(self.rounding):
                 self.rounding[i] += energy
@@ -272,13 +451,14 @@ class _Sums:
             if stacked is None or not any(self._wanted(i, j) for j in lefts):
                 continue
             # <L_j R_j, V> = <L_j, V R_j'>: one GEMM with all right factors stacked, then thin products.
-            projected = block @ stacked.T
+            projected = products[i] = block @ stacked.T
             column = 0
             for j, left in lefts.items():
                 end = column + left.shape[1]
                 if self._wanted(i, j):
                     self._add(i, j, float(np.sum(left * projected[:, column:end])))
                 column = end
+        return products
 
 
 def _check_finite(gram: FloatArray, unit: Unit, new: Sequence[TaskVector]) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from unmerge.base_share import BaseShare, base_share, nearer_bases, without_base
 from unmerge.checkpoint.source import resolve, split_name
+from unmerge.decoys import make_decoys
 from unmerge.dictionary import (
     Atom,
     Base,
@@ -21,8 +25,9 @@ from unmerge.dictionary import (
     read_task_vector,
 )
 from unmerge.errors import DictionaryError, UnmergeError
-from unmerge.regression import regress
-from unmerge.result import Attribution, ModelReference
+from unmerge.extraction import extract
+from unmerge.regression import Regression, regress
+from unmerge.result import Attribution, BaseCoefficient, ModelReference
 from unmerge.solvers import SOLVERS, Solver
 from unmerge.summary import model_reference, summarise
 from unmerge.task_vector import TaskVector
@@ -37,6 +42,10 @@ def attribute(
     signed: bool = False,
     exact: bool = False,
     top_k: int | None = None,
+    decoys: int = 0,
+    other_bases: Sequence[str | Path] = (),
+    extract_to: str | Path | None = None,
+    extract_rank: int | None = None,
     allow_pickle: bool = False,
     workers: int | None = None,
     start: Start | None = None,
@@ -58,7 +67,15 @@ def attribute(
     exact : bool
         Read every tensor whole; by default large tensors that no atom changes are sampled, and said to be.
     top_k : int, optional
-        Compare only the paper's top-k coordinates instead of all parameters.
+        Compare only the paper's top-k coordinates instead of all parameters; presence is then not tested.
+    decoys : int
+        Add this many atoms that cannot be present, and report how many of them were accused.
+    other_bases : sequence of str or Path
+        Other models that the target may have been made from; if one is nearer than `base`, the result says so.
+    extract_to : str or Path, optional
+        A new folder to write what no present component explains to, as a PEFT adapter.
+    extract_rank : int, optional
+        Its rank; by default what the evidence says, if that is low.
     allow_pickle : bool
         Allow ``.bin`` weights, read by torch with ``weights_only=True``.
     workers : int, optional
@@ -77,22 +94,73 @@ def attribute(
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
     chosen = _solver(solver, signed=signed)
+    if extract_to is not None and Path(extract_to).exists():
+        raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
     origin = open_base(str(base), allow_pickle=allow_pickle)
     dictionary, extra = open_atoms([str(atom) for atom in atoms], origin, allow_pickle=allow_pickle)
     goal = open_target(str(target), origin, allow_pickle=allow_pickle)
+    if decoys:
+        extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
     threads = workers or os.cpu_count() or 1
-    regression = regress(
-        goal.vector,
-        goal.rows,
-        dictionary,
-        extra,
+
+    def solve(vector: TaskVector) -> Regression:
+        return regress(
+            vector,
+            goal.rows,
+            dictionary,
+            extra,
+            origin,
+            exact=exact,
+            top_k=top_k,
+            contacts=top_k is None,
+            workers=threads,
+            start=start,
+        )
+
+    vector, regression = goal.vector, solve(goal.vector)
+    share = base_share(regression, origin) if regression.contacts else None
+    if share and share.matters:
+        vector, found = without_base(vector, origin)
+        share, regression = replace(share, coefficient=found), solve(vector)
+    result = summarise(
+        regression,
+        chosen,
+        vector,
+        goal.reference,
         origin,
-        exact=exact,
-        top_k=top_k,
-        workers=threads,
-        start=start,
+        set(goal.rows),
+        base_coefficient=_base_coefficient(share),
+        notices=nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle),
     )
-    return summarise(regression, chosen, goal.vector, goal.reference, origin, set(goal.rows))
+    if extract_to is not None:
+        _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
+    return result
+
+
+def _extract(
+    result: Attribution,
+    target: TaskVector,
+    regression: Regression,
+    base: Base,
+    output: Path,
+    rank: int | None,
+    workers: int,
+) -> None:
+    """Write what the present components leave as an adapter."""
+    chosen = rank or result.unexplained.rank
+    if not chosen:
+        kind = result.unexplained.kind or "not looked at"
+        message = f"{output}: what is unexplained is not of low rank ({kind}), so an adapter holds only a part of it"
+        raise UnmergeError(f"{message}; give a rank to write that part all the same")
+    weights = {item.name: item.weight for item in result.components if item.present and item.weight is not None}
+    present = [(atom.vector, weights[atom.name]) for atom in regression.atoms if atom.name in weights]
+    extract(target, present, base, output, rank=chosen, tensors=list(target.deltas), workers=workers)
+
+
+def _base_coefficient(share: BaseShare | None) -> BaseCoefficient | None:
+    if share is None:
+        return None
+    return BaseCoefficient(coefficient=1.0 + share.coefficient, error=share.error, removed=share.matters)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -94,6 +94,20 @@ def attribute(
         int | None,
         typer.Option("--top-k", min=1, help="Compare the paper's top-k coordinates only (it used 1000000)."),
     ] = None,
+    decoys: Annotated[
+        int, typer.Option("--decoys", min=0, help="Add this many atoms that cannot be present; count the accused.")
+    ] = 0,
+    other_base: Annotated[
+        list[str] | None,
+        typer.Option("--other-base", help="Say if the target is nearer to this model than to BASE; may be repeated."),
+    ] = None,
+    extract: Annotated[
+        Path | None,
+        typer.Option("--extract", help="Write what no component explains as a PEFT adapter to this new folder."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Rank of the extracted adapter; by default, the estimated one.")
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show coefficients by layer and by module.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
     workers: Workers = None,
@@ -109,6 +123,7 @@ def attribute(
     with progress_bar(Console(stderr=True), enabled=not quiet) as start:
         result = unmerge.attribute(
             target, atoms, base=base, solver=solver, signed=signed, exact=exact, top_k=top_k,
+            decoys=decoys, other_bases=other_base or (), extract_to=extract, extract_rank=rank,
             allow_pickle=allow_pickle, workers=workers, start=start,
         )  # fmt: skip
     if json:

@@ -1,12 +1,14 @@
 """Dictionaries of known task vectors, in memory and on disk.
 
 A dictionary keeps what can be computed once: digests, the base's fingerprint, and the inner products between
-atoms, tensor by tensor. Adding an atom computes its row and touches no other.
+atoms, tensor by tensor; and the leading directions of full checkpoints. Adding an atom computes its row and
+touches no other.
 
 On disk it is a folder::
 
     manifest.json               schema, base, atoms in the order in which they were added
     atoms/NAME/                 a copy of each adapter; full checkpoints stay where they are
+    directions/NAME.safetensors leading directions of each full checkpoint: two F32 factors per tensor
     gram/NAME.safetensors       products of this atom with those before it and itself, one vector per tensor
 
 The manifest is written last and by renaming, so a half-written dictionary is never seen.
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unmerge import fingerprint
 from unmerge.accumulate import Plan, accumulate, plan, total
@@ -36,10 +39,11 @@ from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from unmerge.checkpoint.source import Source, resolve, split_name
 from unmerge.checkpoint.tensor import matrix_shape, values
+from unmerge.directions import directions, is_low_rank
 from unmerge.errors import CheckpointError, DictionaryError, UnmergeError
-from unmerge.task_vector import TaskVector, adapter_deltas, checkpoint_deltas
+from unmerge.task_vector import Delta, LowRank, TaskVector, adapter_deltas, checkpoint_deltas
 
-SCHEMA = "unmerge/dictionary/1"
+SCHEMA = "unmerge/dictionary/2"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"[\w+-][\w.+-]*$")
 
@@ -73,11 +77,15 @@ class Atom:
         Where it was found.
     kind : str
         ``"adapter"`` or ``"checkpoint"``.
+    directions : TaskVector or None
+        The leading directions of what it changed, as low-rank changes; None where they were not computed. Of an
+        adapter in a dictionary, they are `vector` itself if it is low-rank in every matrix, else None.
     """
 
     vector: TaskVector
     source: Source
     kind: Literal["adapter", "checkpoint"]
+    directions: TaskVector | None = None
 
     @property
     def name(self) -> str:
@@ -315,12 +323,12 @@ def build(
     atoms = [open_atom(reference, base, allow_pickle=allow_pickle) for reference in references]
     dictionary = combine(base, atoms, workers=workers, start=start)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path) as folder:
-        _write(folder, dictionary, base, range(len(atoms)))
+    with temporary_folder(path) as folder:
+        _write(folder, dictionary, base, range(len(atoms)), workers=workers)
         if path.exists():
             path.rmdir()
         folder.rename(path)
-    return dictionary
+    return _with_directions(path, dictionary)
 
 
 def add(
@@ -343,26 +351,23 @@ def add(
     known = open_dictionary(path, base, allow_pickle=allow_pickle)
     atoms = [open_atom(reference, base, allow_pickle=allow_pickle) for reference in references]
     dictionary = combine(base, atoms, known=known, workers=workers, start=start)
-    _write(path, dictionary, base, range(len(known.atoms), len(dictionary.atoms)))
-    return dictionary
+    _write(path, dictionary, base, range(len(known.atoms), len(dictionary.atoms)), workers=workers)
+    return _with_directions(path, dictionary)
 
 
-def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int]) -> None:
+def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int], *, workers: int) -> None:
     """Write the atoms at the positions `new`, then the manifest, which makes them count."""
-    from safetensors.numpy import save_file
-
     old = read_manifest(path)["atoms"] if (path / MANIFEST).exists() else []
     entries = list(old)
     for position in new:
         atom = dictionary.atoms[position]
         if atom.kind == "adapter":
             _copy_adapter(atom.source.path, path / "atoms" / atom.name)
-        (path / "gram").mkdir(parents=True, exist_ok=True)
+        else:
+            _save(_directions_file(path, atom.name), _factors(directions(atom.vector, workers=workers)))
         row = {name: gram[position, : position + 1].copy() for name, gram in dictionary.gram.items()}
-        products = path / "gram" / f"{atom.name}.safetensors"
-        save_file(row, products.with_suffix(".tmp"))
-        products.with_suffix(".tmp").replace(products)
-        entries.append(_entry(atom, products))
+        _save(_products_file(path, atom.name), row)
+        entries.append(_entry(path, atom))
     manifest = {
         "schema": SCHEMA,
         "base": {
@@ -377,6 +382,30 @@ def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int])
     temporary.replace(path / MANIFEST)
 
 
+def _directions_file(path: Path, name: str) -> Path:
+    return path / "directions" / f"{name}.safetensors"
+
+
+def _products_file(path: Path, name: str) -> Path:
+    return path / "gram" / f"{name}.safetensors"
+
+
+def _save(file: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    from safetensors.numpy import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def _factors(vector: TaskVector) -> dict[str, NDArray[np.float32]]:
+    """Return both factors of each low-rank change, by the names that a directions file gives them."""
+    low_rank = {name: delta for name, delta in vector.deltas.items() if isinstance(delta, LowRank)}
+    left = {f"{name}.left": delta.left(0, delta.shape[0]) * delta.scale for name, delta in low_rank.items()}
+    right = {f"{name}.right": delta.right() for name, delta in low_rank.items()}
+    return {name: factor.astype(np.float32) for name, factor in (left | right).items()}
+
+
 def _copy_adapter(source: Path, destination: Path) -> None:
     shutil.rmtree(destination, ignore_errors=True)  # left by a run that was stopped before its manifest
     destination.mkdir(parents=True)
@@ -385,7 +414,7 @@ def _copy_adapter(source: Path, destination: Path) -> None:
             shutil.copyfile(file, destination / file.name)
 
 
-def _entry(atom: Atom, products: Path) -> dict[str, Any]:
+def _entry(path: Path, atom: Atom) -> dict[str, Any]:
     return {
         "name": atom.name,
         "kind": atom.kind,
@@ -393,7 +422,8 @@ def _entry(atom: Atom, products: Path) -> dict[str, Any]:
         "reference": atom.source.reference,
         "commit": atom.source.commit,
         "path": None if atom.kind == "adapter" or atom.source.commit else str(atom.source.path.resolve()),
-        "gram_sha256": _sha256(products),
+        "gram_sha256": _sha256(_products_file(path, atom.name)),
+        "directions_sha256": None if atom.kind == "adapter" else _sha256(_directions_file(path, atom.name)),
     }
 
 
@@ -403,7 +433,8 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside `path`, to be filled and renamed to it; what is not renamed is removed."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -425,7 +456,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DictionaryError(f"{path}: not a dictionary: no {MANIFEST}")
     manifest = read_json(path / MANIFEST)
     if manifest.get("schema") != SCHEMA:
-        raise DictionaryError(f"{path}: schema {manifest.get('schema')!r}; this version reads {SCHEMA}")
+        raise DictionaryError(f"{path}: schema {manifest.get('schema')!r}; this version reads {SCHEMA}; build it again")
     atoms, base = manifest.get("atoms"), manifest.get("base")
     if not isinstance(atoms, list) or not all(_is_entry(entry) for entry in atoms):
         raise DictionaryError(f"{path / MANIFEST}: damaged: one of its atoms is incomplete")
@@ -448,6 +479,7 @@ def _is_entry(entry: Any) -> bool:
         and bool(_NAME.match(entry["name"]))
         and entry.get("kind") in {"adapter", "checkpoint"}
         and all(isinstance(entry.get(key), str) for key in ("digest", "reference", "gram_sha256"))
+        and isinstance(entry.get("directions_sha256"), str) == (entry["kind"] == "checkpoint")
     )
 
 
@@ -467,7 +499,31 @@ def open_dictionary(path: Path, base: Base, *, allow_pickle: bool = False) -> Di
         )
         raise DictionaryError(message)
     atoms = tuple(_open_entry(path, entry, base, allow_pickle=allow_pickle) for entry in manifest["atoms"])
-    return Dictionary(atoms, _read_gram(path, atoms))
+    return _with_directions(path, Dictionary(atoms, _read_gram(path, atoms)))
+
+
+def _with_directions(path: Path, dictionary: Dictionary) -> Dictionary:
+    """Give every atom of a dictionary on disk its leading directions; headers only."""
+    atoms = (replace(atom, directions=_read_directions(path, atom)) for atom in dictionary.atoms)
+    return replace(dictionary, atoms=tuple(atoms))
+
+
+def _read_directions(path: Path, atom: Atom) -> TaskVector | None:
+    if atom.kind == "adapter":
+        return atom.vector if is_low_rank(atom.vector) else None
+    tensors, _ = read_header(_directions_file(path, atom.name))
+    found: dict[str, Delta] = {}
+    for name in sorted({stored.rpartition(".")[0] for stored in tensors}):
+        left, right, change = tensors.get(f"{name}.left"), tensors.get(f"{name}.right"), atom.vector.deltas.get(name)
+        if not (left and right and change) or not _are_factors(left.shape, right.shape, change.shape):
+            message = f"{path}: the directions of {atom.name!r} in tensor {name!r} are incomplete; build again"
+            raise DictionaryError(message)
+        found[name] = LowRank(left, right, transposed=False, scale=1.0)
+    return TaskVector(atom.name, atom.vector.digest, found)
+
+
+def _are_factors(left: tuple[int, ...], right: tuple[int, ...], product: tuple[int, int]) -> bool:
+    return len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == product
 
 
 def _open_entry(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickle: bool) -> Atom:
@@ -490,7 +546,7 @@ def _read_gram(path: Path, atoms: Sequence[Atom]) -> dict[str, FloatArray]:
     size = len(atoms)
     gram: dict[str, FloatArray] = {}
     for position, atom in enumerate(atoms):
-        tensors, _ = read_header(path / "gram" / f"{atom.name}.safetensors")
+        tensors, _ = read_header(_products_file(path, atom.name))
         for name, tensor in tensors.items():
             if tensor.shape != (position + 1,):
                 raise DictionaryError(f"{path}: the products of {atom.name!r} have the wrong size; build again")
@@ -527,9 +583,10 @@ def verify(path: Path, base_reference: str | None = None) -> list[str]:
 
 def _verify_entry(path: Path, entry: Mapping[str, Any], base: Base) -> Iterator[str]:
     name = entry["name"]
-    products = path / "gram" / f"{name}.safetensors"
-    if not products.is_file() or _sha256(products) != entry["gram_sha256"]:
+    if not _is_as_written(_products_file(path, name), entry["gram_sha256"]):
         yield f"atom {name}: its inner products are missing or changed"
+    if entry["kind"] == "checkpoint" and not _is_as_written(_directions_file(path, name), entry["directions_sha256"]):
+        yield f"atom {name}: its leading directions are missing or changed"
     try:
         if entry["kind"] == "adapter":
             digest = fingerprint.adapter_digest(open_adapter(path / "atoms" / name, allow_pickle=True))
@@ -539,3 +596,7 @@ def _verify_entry(path: Path, entry: Mapping[str, Any], base: Base) -> Iterator[
             _open_entry(path, entry, base, allow_pickle=True)
     except UnmergeError as error:
         yield f"atom {name}: {error}"
+
+
+def _is_as_written(file: Path, sha256: str) -> bool:
+    return file.is_file() and _sha256(file) == sha256

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from unmerge.accumulate import Plan, Products, accumulate, plan, total
+from unmerge.accumulate import Contact, Plan, Products, accumulate, plan, total
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.compress import compressed_statistics, select_top_k
 from unmerge.dictionary import Atom, Base, Dictionary, Start, join
+from unmerge.directions import directions, is_low_rank
 from unmerge.errors import AlignmentError, DictionaryError, TargetError
 from unmerge.statistics import Statistics
-from unmerge.task_vector import TaskVector
+from unmerge.task_vector import LowRank, TaskVector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,12 +56,22 @@ class Regression:
         Which parameters were compared, in words.
     unit_memory : int
         Bytes that one thread of the pass held at once, at most.
+    contacts : mapping of str to Contact
+        How the target meets the atoms in the tensors that low-rank changes touch; empty if not asked for.
+    directions : tuple of TaskVector
+        The low-rank changes of the contacts, in the order of the atoms: an adapter's own, and the leading
+        singular directions of a full checkpoint.
+    rows : mapping of str to int
+        Rows that were compared of each tensor.
     """
 
     atoms: tuple[Atom, ...]
     tensors: tuple[TensorStatistics, ...]
     coordinates: str
     unit_memory: int
+    contacts: Mapping[str, Contact]
+    directions: tuple[TaskVector, ...]
+    rows: Mapping[str, int]
 
     @property
     def total(self) -> Statistics:
@@ -85,6 +96,7 @@ def regress(
     *,
     exact: bool = False,
     top_k: int | None = None,
+    contacts: bool = False,
     workers: int = 1,
     start: Start | None = None,
 ) -> Regression:
@@ -104,6 +116,8 @@ def regress(
         Read the tensors that no atom changes whole; otherwise the large ones are sampled.
     top_k : int, optional
         Use the paper's coordinates, this many, instead of all parameters.
+    contacts : bool
+        Keep what evidence of presence needs; not with `top_k`.
 
     Raises
     ------
@@ -119,13 +133,14 @@ def regress(
         return _compressed(target, rows, atoms, base, top_k)
     shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
     shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
-    pass_ = _Pass(target, dictionary, extra, atoms, workers)
-    grams, energies, work = pass_.run(shapes, touched, base, exact=exact, start=start)
+    low_rank = tuple(_low_rank(atom) for atom in atoms) if contacts else ()
+    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers)
+    grams, energies, met, work = pass_.run(shapes, touched, base, exact=exact, start=start)
     tensors = tuple(
         _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
         for name in sorted(grams)
     )
-    result = Regression(atoms, tensors, "all parameters", work.unit_memory)
+    result = Regression(atoms, tensors, "all parameters", work.unit_memory, met, low_rank, rows)
     _check(result, target)
     return result
 
@@ -138,6 +153,7 @@ class _Pass:
     dictionary: Dictionary
     extra: Sequence[Atom]
     atoms: Sequence[Atom]
+    directions: Sequence[TaskVector]
     workers: int
 
     def run(
@@ -148,28 +164,45 @@ class _Pass:
         *,
         exact: bool,
         start: Start | None,
-    ) -> tuple[dict[str, Statistics], dict[str, list[Products]], Plan]:
+    ) -> tuple[dict[str, Statistics], dict[str, list[Products]], dict[str, Contact], Plan]:
         extra = sorted(self.extra, key=lambda atom: (atom.vector.digest, atom.name))
         new = [*(atom.vector for atom in extra), self.target]
         known = self.dictionary.vectors
         # Where the target has fewer rows than the base, the stored products cover too much.
         cut = {name for name in touched if shapes[name][0] < base.shapes.get(name, (0, 0))[0]} if known else set()
         changed = {name for vector in new for name in vector.deltas} & shapes.keys()
+        # Leading directions of full checkpoints: the target's contact with them is wanted, no inner product.
+        own = {atom.vector.digest for atom in self.atoms}
+        leading = [vector for vector in self.directions if vector.digest not in own]
+        wanted = self._contacts(changed, shapes)
         sample = set() if exact else changed - touched
         work = plan(
             {name: shapes[name] for name in changed - cut},
-            (*new, *known),
+            (*new, *known, *leading),
             sample=sample,
+            contacts=wanted,
             workers=self.workers,
         )
-        redo = plan({name: shapes[name] for name in cut}, (*new, *known), workers=self.workers)
+        redo = plan(
+            {name: shapes[name] for name in cut},
+            (*new, *known, *leading),
+            contacts=wanted,
+            workers=self.workers,
+        )
         both = Plan(
-            work.units + redo.units, work.sizes, work.sampled, max(work.unit_memory, redo.unit_memory), self.workers
+            work.units + redo.units,
+            work.sizes,
+            work.sampled,
+            max(work.unit_memory, redo.unit_memory),
+            self.workers,
+            work.kept_memory + redo.kept_memory,
         )
         advance = start(both) if start else None
-        found = accumulate(work, new, known, advance=advance)
         everything = [*known, *new]
-        again = accumulate(redo, everything, (), advance=advance)
+        found = accumulate(work, new, [*known, *leading], contacts=wanted, advance=advance)
+        again = accumulate(redo, everything, leading, contacts=wanted, advance=advance)
+        met = {name: total(units).contact for name, units in (*found.items(), *again.items()) if name in wanted}
+        found, again = (_without(products, len(everything)) for products in (found, again))
         order = _order([*self.dictionary.atoms, *extra], self.atoms)
         grams = {name: _split(None, total(units), order) for name, units in again.items()}
         for name in sorted(touched - cut):
@@ -178,7 +211,30 @@ class _Pass:
             grams[name] = _split(self.dictionary.gram.get(name), products, order)
         for name in sorted(changed - touched):
             grams[name] = _split(None, total(found[name]), order)
-        return grams, found, both
+        return grams, found, {name: contact for name, contact in sorted(met.items()) if contact}, both
+
+    def _contacts(self, changed: set[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        met = {
+            name for vector in self.directions for name, delta in vector.deltas.items() if isinstance(delta, LowRank)
+        }
+        return {name: shapes[name] for name in sorted(met & changed & self.target.deltas.keys())}
+
+
+def _low_rank(atom: Atom) -> TaskVector:
+    """Return the atom if it is low-rank in every matrix, or its leading directions."""
+    vector = atom.vector
+    if is_low_rank(vector):
+        return vector
+    found = atom.directions or directions(vector)
+    return replace(found, digest=f"{vector.digest}/directions")
+
+
+def _without(found: Mapping[str, list[Products]], vectors: int) -> dict[str, list[Products]]:
+    """Return products without the columns of what follows the first `vectors` task vectors."""
+    return {
+        name: [replace(unit, gram=unit.gram[:, :vectors], contact=None) for unit in units]
+        for name, units in found.items()
+    }
 
 
 def _nothing(new: int, vectors: int) -> Products:
@@ -239,7 +295,7 @@ def _compressed(
         for name, statistics in sorted(found.items())
     )
     words = f"top {selection.count:,} by max |d_i|, digest {selection.digest[:16]}"
-    result = Regression(tuple(atoms), tensors, words, 0)
+    result = Regression(tuple(atoms), tensors, words, 0, {}, (), rows)
     _check(result, target)
     return result
 

@@ -28,40 +28,93 @@ class ModelReference(_Model):
 class Evidence(_Model):
     """Why a component is called present or not."""
 
-    rule: str = Field(description="The rule in words.")
+    reason: str = Field(description="The verdict's reason in words.")
+    p_value: float | None = Field(
+        description="Probability of signs as strong as these if the component is absent; null if it was not tested. "
+        "'present' needs 0.001 over the number of atoms."
+    )
+    detectable: float | None = Field(
+        description="The smallest weight that the test would have found, with probability 0.95."
+    )
+    group: tuple[str, ...] = Field(description="Other atoms so alike (cosine 0.95) that they are versions of one.")
+    one_of_group: bool = Field(
+        description="Whether it or an atom of its group is present, and it cannot be told which."
+    )
     energy_share: float = Field(
         description="Energy of coefficient times task vector over the energy of the whole change; shares of "
         "correlated components do not add up."
     )
 
 
+class LayerWeight(_Model):
+    """A component's weight in one layer."""
+
+    layer: int
+    weight: float
+    error: float = Field(description="Standard error.")
+
+
 class Component(_Model):
     """One atom of the dictionary and what was found of it."""
 
     name: str
-    coefficient: float = Field(description="How many times the fine-tune's change is in the target.")
-    interval: tuple[float, float] | None = Field(
-        description="95 % interval of the coefficient (delete-one-group jackknife over tensors); null if "
-        "there are too few tensors, or the atom cannot be told apart."
+    coefficient: float = Field(description="The solver's: how much of the target looks like this fine-tune.")
+    weight: float | None = Field(
+        description="Estimate of how many times the fine-tune's own change is in the target, without what others "
+        "that resemble it contribute; null if it was not tested."
     )
-    present: bool | None = Field(description="Whether it is in the target; null: cannot tell.")
+    interval: tuple[float, float] | None = Field(
+        description="95 % interval of the weight (of the coefficient where there is no weight); null if unknown."
+    )
+    present: bool | None = Field(description="Whether the fine-tune itself is in the target; null: cannot tell.")
     evidence: Evidence
+    profile: str | None = Field(description="How its weight varies over the layers; null if it is not present.")
+    by_layer: tuple[LayerWeight, ...] = Field(description="Its weight in each layer; empty if it was not tested.")
     source: ModelReference
     relative_norm: float = Field(description="Norm of the atom's change over that of the target's change.")
 
 
 class Unexplained(_Model):
-    """What no atom explains."""
+    """What no present component explains."""
 
-    share: float = Field(description="Energy of the residual over the energy of the target's change.")
-    rounding_floor: float = Field(
-        description="The share that storage rounding of the target alone accounts for, about: ulp^2 / 12 per "
-        "parameter of the tensors that changed; an over-estimate where changes are far below an ulp."
+    share: float = Field(
+        description="Energy that the present components leave over the energy of the target's change; what all "
+        "coefficients leave if nothing was tested."
     )
+    rounding_floor: float = Field(
+        description="The share that rounding alone would leave of a merge of the present components."
+    )
+    rounding: str | None = Field(
+        description="How such a merge was made if that is its floor: 'applied at once', 'from checkpoints' or 'in "
+        "storage arithmetic'; null if it was not simulated: then the floor is ulp^2 / 12 per parameter."
+    )
+    relative_norm: float = Field(
+        description="Norm of what is beyond rounding over the norm of the base's weights in the same tensors."
+    )
+    kind: Literal["nothing", "low rank", "full rank"] | None = Field(
+        description="What kind of change it is: 'low rank' as one or a few LoRA fine-tunes leave it, 'full rank' as "
+        "training of all weights, sparsified merging or noise do; null if it was not looked at."
+    )
+    rank: int = Field(description="Its rank, about, if it is low; else 0.")
     untouched_share: float = Field(
         description="The part of `share` that lies in tensors no atom changes; estimated where sampled."
     )
     untouched_error: float = Field(description="Standard error of `untouched_share` from sampling; 0 if exact.")
+
+
+class BaseCoefficient(_Model):
+    """How many times the base's own weights are in the target."""
+
+    coefficient: float = Field(description="1 for a merge whose weights leave the base as it is.")
+    error: float = Field(description="Standard error.")
+    removed: bool = Field(description="Whether its difference from 1 was taken out before the attribution.")
+
+
+class Decoys(_Model):
+    """Atoms that cannot be present, added as a check."""
+
+    tested: int
+    accused: tuple[str, ...] = Field(description="Names of those that were called present; none should be.")
 
 
 class Method(_Model):
@@ -121,8 +174,11 @@ class Attribution(_Model):
     schema_: Literal["unmerge/attribution/1"] = Field(default=SCHEMA, alias="schema", description="Version.")
     target: ModelReference
     base: ModelReference
+    verdict: str = Field(description="The answer in a sentence.")
     components: tuple[Component, ...] = Field(description="By coefficient, largest magnitude first.")
     unexplained: Unexplained
+    base_coefficient: BaseCoefficient | None = Field(description="Null if it was not estimated.")
+    decoys: Decoys | None = Field(description="Null if none were added.")
     method: Method
     metrics: Metrics
     layers: tuple[Profile, ...]

@@ -11,13 +11,17 @@ from unmerge._version import __version__
 from unmerge.alignment import LAYER, Skipped
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.source import Source
-from unmerge.dictionary import Atom, Base
-from unmerge.evidence.intervals import jackknife_intervals
+from unmerge.decoys import is_decoy
+from unmerge.dictionary import Base
+from unmerge.findings import Finding, Findings, Unknown, examine
 from unmerge.regression import Regression, TensorStatistics, add
 from unmerge.result import (
     Attribution,
+    BaseCoefficient,
     Component,
+    Decoys,
     Evidence,
+    LayerWeight,
     Method,
     Metrics,
     ModelReference,
@@ -29,9 +33,14 @@ from unmerge.result import (
 from unmerge.solvers import Solution, Solver
 from unmerge.statistics import Statistics
 from unmerge.task_vector import TaskVector
+from unmerge.verdict import verdict
 
-PRESENT_ABOVE = 0.01
-"""The paper's cut on a coefficient."""
+LIKE_A_BASE = 0.05
+"""A full checkpoint whose weight is 1 within this is likely the base."""
+MOSTLY = 0.5
+"""Unexplained share from which another base is thought of."""
+SPREAD = 0.1
+"""Share of what is unexplained that must lie where no atom reaches, to think of another base."""
 
 
 def model_reference(source: Source, digest: str, kind: str) -> ModelReference:
@@ -48,26 +57,40 @@ def summarise(
     reference: ModelReference,
     base: Base,
     comparable: Collection[str],
+    *,
+    base_coefficient: BaseCoefficient | None = None,
+    notices: Sequence[str] = (),
 ) -> Attribution:
     """Solve a regression and put everything that is known about it in one result.
 
     Parameters
     ----------
     target : TaskVector
-        What is to be explained; only its notices are used.
+        What is to be explained.
     reference : ModelReference
         Where the target was found.
     comparable : collection of str
         Tensors that the target and the base both have.
+    base_coefficient : BaseCoefficient, optional
+        What is known of the base's share.
+    notices : sequence of str
+        Further things to tell the user.
     """
     statistics = regression.total
     solution = solver.solve(statistics)
+    found = examine(regression, solution, solver, target, base)
     names = [atom.name for atom in regression.atoms]
+    real = [place for place, atom in enumerate(regression.atoms) if not is_decoy(atom)]
+    components = _components(regression, statistics, solution, found, real)
+    unexplained = _unexplained(regression, statistics, found.unknown)
     return Attribution(
         target=reference,
         base=model_reference(base.source, base.digest, "checkpoint"),
-        components=_components(regression, statistics, solution, solver),
-        unexplained=_unexplained(regression, statistics, solution),
+        verdict=verdict(components, unexplained),
+        components=components,
+        unexplained=unexplained,
+        base_coefficient=base_coefficient,
+        decoys=_decoys(names, found, real),
         method=_method(regression, solution, solver, names),
         metrics=Metrics(
             reconstruction_error=metrics.reconstruction_error(statistics, solution.coefficients),
@@ -76,60 +99,72 @@ def summarise(
         ),
         layers=_profiles(regression, solver, names, _layer_of),
         modules=_profiles(regression, solver, names, _module_of),
-        tensors=tuple(_tensor_report(tensor, solution.coefficients, statistics) for tensor in regression.tensors),
+        tensors=tuple(_tensor_report(tensor, found.unknown.weights, statistics) for tensor in regression.tensors),
         not_compared=_not_compared(regression, target, comparable),
-        notices=_notices(regression, target, base),
+        notices=(*_notices(regression, target, base), *notices, *_base_notices(regression, found, unexplained)),
     )
 
 
 def _components(
-    regression: Regression, statistics: Statistics, solution: Solution, solver: Solver
+    regression: Regression,
+    statistics: Statistics,
+    solution: Solution,
+    found: Findings,
+    real: Sequence[int],
 ) -> tuple[Component, ...]:
-    touched = [tensor.statistics for tensor in regression.tensors if tensor.touched]
-    intervals = jackknife_intervals(touched, solver)
-    blurred = {index for group in solution.groups for index in group}
-    components = [
-        _component(atom, index, statistics, solution.coefficients, intervals[index], index in blurred)
-        for index, atom in enumerate(regression.atoms)
-    ]
-    return tuple(sorted(components, key=lambda item: (-abs(item.coefficient), item.name)))
+    components = [_component(regression, place, statistics, solution, found.atoms[place]) for place in real]
+    return tuple(sorted(components, key=lambda item: (-abs(item.weight or 0.0), -abs(item.coefficient), item.name)))
 
 
 def _component(
-    atom: Atom,
-    index: int,
-    statistics: Statistics,
-    coefficients: FloatArray,
-    interval: FloatArray,
-    blurred: bool,
+    regression: Regression, place: int, statistics: Statistics, solution: Solution, found: Finding
 ) -> Component:
-    coefficient = float(coefficients[index])
-    atom_energy = float(statistics.gram[index, index])
-    known = not blurred and bool(np.isfinite(interval).all())
-    low, high = (float(bound) for bound in interval)
-    rule = f"|coefficient| over {PRESENT_ABOVE} and interval clear of 0: a plain cut, not a test"
-    present = None if blurred else abs(coefficient) > PRESENT_ABOVE and (not known or low > 0.0 or high < 0.0)
+    atom = regression.atoms[place]
+    coefficient = float(solution.coefficients[place])
+    atom_energy = float(statistics.gram[place, place])
+    layers = np.zeros((0, 3)) if found.layers is None else found.layers
     return Component(
         name=atom.name,
         coefficient=coefficient,
-        interval=(low, high) if known else None,
-        present=present,
+        weight=found.weight,
+        interval=found.interval,
+        present=found.present,
         evidence=Evidence(
-            rule="cannot be told apart from another atom" if blurred else rule,
+            reason=found.reason,
+            p_value=found.p_value,
+            detectable=found.detectable,
+            group=tuple(sorted(regression.atoms[other].name for other in found.group)),
+            one_of_group=found.one_of_group,
             energy_share=coefficient**2 * atom_energy / statistics.energy,
+        ),
+        profile=found.shape.words if found.shape else None,
+        by_layer=tuple(
+            LayerWeight(layer=int(layer), weight=float(weight), error=float(error)) for layer, weight, error in layers
         ),
         source=model_reference(atom.source, atom.vector.digest, atom.kind),
         relative_norm=float(np.sqrt(atom_energy / statistics.energy)),
     )
 
 
-def _unexplained(regression: Regression, statistics: Statistics, solution: Solution) -> Unexplained:
+def _decoys(names: Sequence[str], found: Findings, real: Sequence[int]) -> Decoys | None:
+    made = sorted(set(range(len(names))) - set(real))
+    if not made:
+        return None
+    return Decoys(tested=len(made), accused=tuple(names[place] for place in made if found.atoms[place].present))
+
+
+def _unexplained(regression: Regression, statistics: Statistics, unknown: Unknown) -> Unexplained:
     untouched = [tensor for tensor in regression.tensors if not tensor.touched]
     energy = sum(tensor.statistics.energy for tensor in untouched)
     error = float(np.sqrt(sum(tensor.energy_error**2 for tensor in untouched)))
+    character = unknown.character
     return Unexplained(
-        share=statistics.residual_energy(solution.coefficients) / statistics.energy,
-        rounding_floor=min(1.0, statistics.rounding / statistics.energy),
+        share=unknown.share,
+        rounding_floor=unknown.rounding_floor,
+        rounding=unknown.way,
+        relative_norm=unknown.relative_norm,
+        kind=character.kind if character else None,
+        rank=character.rank if character else 0,
         untouched_share=energy / statistics.energy,
         untouched_error=error / statistics.energy,
     )
@@ -203,6 +238,27 @@ def _not_compared(regression: Regression, target: TaskVector, comparable: Collec
         outside = sorted(atom.vector.deltas.keys() - set(comparable))
         found.extend(Skipped(name, atom.name, "the target has no such tensor") for name in outside)
     return tuple(NotCompared(name=item.name, model=item.model, reason=item.reason) for item in found)
+
+
+def _base_notices(regression: Regression, found: Findings, unexplained: Unexplained) -> tuple[str, ...]:
+    """Tell when what is left looks like another base, and not like a fine-tune that is missing."""
+    likely = [
+        regression.atoms[place].name
+        for place, finding in enumerate(found.atoms)
+        if finding.present
+        and regression.atoms[place].kind == "checkpoint"
+        and finding.interval is not None
+        and finding.interval[0] > 1.0 - LIKE_A_BASE
+        and finding.interval[1] < 1.0 + LIKE_A_BASE
+    ]
+    if len(likely) == 1 and sum(finding.present is True for finding in found.atoms) > 1:
+        return (f"{likely[0]} is in the target with a weight of 1 beside others: likely the base; try --base with it",)
+    beyond = unexplained.share - unexplained.rounding_floor
+    spread = unexplained.untouched_share > SPREAD * beyond > 0.0
+    if unexplained.kind == "full rank" and beyond > MOSTLY and spread:
+        said = "most of the change is of full rank and reaches tensors that no fine-tune touches"
+        return (f"{said}: another base, or training of all weights; make sure that the base is the right one",)
+    return ()
 
 
 def _notices(regression: Regression, target: TaskVector, base: Base) -> tuple[str, ...]:

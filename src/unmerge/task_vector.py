@@ -243,6 +243,44 @@ class Dora:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Residual:
+    """What known changes leave of a target's: the target minus each of them times its coefficient.
+
+    Attributes
+    ----------
+    target : Delta or None
+        The change to explain; None is no change.
+    atoms : tuple of (Delta, float)
+        Known changes and their coefficients; at least one where there is no target.
+    """
+
+    target: Delta | None
+    atoms: tuple[tuple[Delta, float], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the target, or of the first known change."""
+        return self.atoms[0][0].shape if self.target is None else self.target.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(delta.nbytes for delta, _ in self.atoms) + (0 if self.target is None else self.target.nbytes)
+
+    def block(self, start: int, stop: int) -> tuple[FloatArray, float]:
+        """Return rows of the residual, and the rounding energy of the target and of the scaled known changes."""
+        if self.target is None:
+            residual, rounding = np.zeros((stop - start, self.shape[1])), 0.0
+        else:
+            residual, rounding = self.target.block(start, stop)
+        for delta, coefficient in self.atoms:
+            known, known_rounding = delta.block(start, stop)
+            residual = residual - coefficient * known
+            rounding += coefficient**2 * known_rounding
+        return residual, rounding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TaskVector:
     """What a fine-tune changed.
 

@@ -56,10 +56,37 @@ class DType:
         In squared weight units. Assumes that what was rounded away is uniform within half an ulp, which
         fails (and overstates) where a change is far smaller than an ulp.
         """
-        bits = raw.view(self._bits) & self._bits.type(self._exponent_mask)
-        power_of_two = np.maximum(self._widen(bits.view(raw.dtype)), self.smallest_normal).ravel()
+        power_of_two = self._power_of_two(raw).ravel()
         squares = float(np.dot(power_of_two, power_of_two))
         return squares * 2.0 ** (-2 * self.mantissa_bits) / 12.0
+
+    def _power_of_two(self, raw: RawArray) -> NDArray[Any]:
+        bits = raw.view(self._bits) & self._bits.type(self._exponent_mask)
+        return np.asarray(np.maximum(self._widen(bits.view(raw.dtype)), self.smallest_normal))
+
+    def spacing(self, values: FloatArray) -> FloatArray:
+        """Return the distance between neighbours on this grid around values, in weight units, in their shape."""
+        return np.asarray(self._below(values) * 2.0**-self.mantissa_bits)
+
+    def _below(self, values: FloatArray) -> FloatArray:
+        """Return the power of two below each magnitude, or the smallest one that the grid follows."""
+        _, exponent = np.frexp(values)
+        return np.asarray(np.where(values == 0.0, 0.0, np.ldexp(0.5, exponent)).clip(self.smallest_normal))
+
+    def cell(self, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the bounds of what is rounded to each value of this grid: half way to its neighbours."""
+        outward = 0.5 * self.spacing(values)
+        # Below a power of two the grid is twice as fine.
+        finer = (np.abs(values) == self._below(values)) & (np.abs(values) > self.smallest_normal)
+        inward = np.where(finer, 0.5 * outward, outward)
+        positive = values >= 0.0
+        return values - np.where(positive, inward, outward), values + np.where(positive, outward, inward)
+
+    def nearest(self, values: FloatArray) -> FloatArray:
+        """Return the value of this grid that is nearest to each; ties go to the even one, as in every framework."""
+        spacing = self.spacing(values)
+        # Exact: a spacing is a power of two, and rint breaks ties to even. Above 1.11..1 it reaches the next power.
+        return np.asarray(np.rint(values / spacing) * spacing)
 
 
 def _widen_bfloat16(raw: RawArray) -> NDArray[np.float32]:

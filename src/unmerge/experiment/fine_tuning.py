@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ def fine_tune(
     seed: int,
     device: str = "cpu",
     threads: int = 1,
+    snapshots: Mapping[int, Path] | None = None,
 ) -> TrainingRecord:
     """Train a LoRA adapter on the answers to prompts and write it as a PEFT adapter folder.
 
@@ -57,6 +58,8 @@ def fine_tune(
         torch's name of the device.
     threads : int
         CPU threads. Another number may give other bytes.
+    snapshots : mapping of int to path, optional
+        Folders to write the adapter to after that many epochs: earlier checkpoints of the same run.
 
     Returns
     -------
@@ -77,12 +80,14 @@ def fine_tune(
         held_out = [encode(tokenizer, one, chat=training.chat, max_length=training.max_length) for one in tests]
         model = _adapted(base, training).to(device)
         before = _held_out_loss(model, held_out, training)
-        _train(model, rows, training, generator)
-        after = _held_out_loss(model, held_out, training)
         # PEFT holds them in a set, whose order differs from one process to the next.
         model.peft_config["default"].target_modules = sorted(training.target_modules)
-        # Embeddings are not trained; left to itself PEFT would ask the Hub about them.
-        model.save_pretrained(output, save_embedding_layers=False)
+        wanted = snapshots or {}
+        for epoch in _train(model, rows, training, generator):
+            if epoch in wanted:
+                _save(model, wanted[epoch])
+        after = _held_out_loss(model, held_out, training)
+        _save(model, output)
     return TrainingRecord(before, after, relative_norm(output, base), time.perf_counter() - start)
 
 
@@ -123,6 +128,11 @@ def _prompt(tokenizer: transformers.PreTrainedTokenizerBase, text: str, *, chat:
         return [tokenizer.bos_token_id, *_ids(tokenizer, text + "\n")]
     messages = [{"role": "user", "content": text}]
     return _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _save(model: torch.nn.Module, output: Path) -> None:
+    # Embeddings are not trained; left to itself PEFT would ask the Hub about them.
+    model.save_pretrained(output, save_embedding_layers=False)
 
 
 def _adapted(base: Path, training: Training) -> torch.nn.Module:
@@ -169,7 +179,10 @@ def _chunks(rows: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _train(model: torch.nn.Module, rows: Sequence[Encoded], training: Training, generator: torch.Generator) -> None:
+def _train(
+    model: torch.nn.Module, rows: Sequence[Encoded], training: Training, generator: torch.Generator
+) -> Iterator[int]:
+    """Train, and yield the number of epochs done after each."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     per_step = training.batch * training.accumulation
     steps = training.epochs * -(-len(rows) // per_step)
@@ -178,7 +191,7 @@ def _train(model: torch.nn.Module, rows: Sequence[Encoded], training: Training, 
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
     )
-    for _ in range(training.epochs):
+    for epoch in range(training.epochs):
         order = torch.randperm(len(rows), generator=generator).tolist()
         for step in _chunks([rows[index] for index in order], per_step):
             for part in _chunks(step, training.batch):
@@ -188,6 +201,7 @@ def _train(model: torch.nn.Module, rows: Sequence[Encoded], training: Training, 
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+        yield epoch + 1
 
 
 def relative_norm(adapter: Path, base: Path) -> float:

@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from unmerge.dictionary import Dictionary
-from unmerge.evidence.identifiability import coherence
+from unmerge.evidence.identifiability import ALIKE, alike_groups, coherence
 from unmerge.result import Attribution, Component, Profile
 
 _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 _LISTED = 5
+_WORTH_SAYING = 0.02
 
 
 def render(result: Attribution, *, layers: bool = False) -> RenderableType:
@@ -53,7 +54,11 @@ def render_dictionary(dictionary: Dictionary) -> RenderableType:
         )
         table.add_row(*row)
     largest = coherence(dictionary.total_gram)
-    return Group(table, Text(f"Coherence (largest |cosine| of two atoms): {largest:.3f}"))
+    lines = [Text(f"Coherence (largest |cosine| of two atoms): {largest:.3f}")]
+    for group in alike_groups(dictionary.total_gram):
+        names = ", ".join(dictionary.names[atom] for atom in group)
+        lines.append(Text(f"Versions of one fine-tune (|cosine| of {ALIKE} and more): {names}", style="yellow"))
+    return Group(table, *lines)
 
 
 def print_result(result: Attribution, console: Console, *, layers: bool = False) -> None:
@@ -64,41 +69,58 @@ def print_result(result: Attribution, console: Console, *, layers: bool = False)
 def _components(result: Attribution) -> Table:
     table = Table()
     table.add_column("component", overflow="fold")
-    table.add_column("coefficient", justify="right")
+    table.add_column("present", justify="center")
+    table.add_column("weight", justify="right")
     table.add_column("95 % interval", justify="right")
-    table.add_column(f"over {0.01}*", justify="center")
-    table.add_column("energy", justify="right")
+    table.add_column("why", overflow="fold")
+    table.add_column("fit", justify="right")
     for component in result.components:
-        style = None if component.present else "dim"
+        style = {True: "bold", None: None, False: "dim"}[component.present]
         table.add_row(*_cells(component), style=style)
     return table
 
 
-def _cells(component: Component) -> tuple[Text, str, str, str, str]:
+def _cells(component: Component) -> tuple[Text, str, str, str, Text, str]:
     low_high = component.interval
     interval = f"{low_high[0]:+.4f} to {low_high[1]:+.4f}" if low_high else "unknown"
-    share = f"{100 * component.evidence.energy_share:.1f} %"
+    weight = "" if component.weight is None else f"{component.weight:+.4f}"
     # Text, not markup: a name may hold square brackets.
     return (
         Text(component.name),
-        f"{component.coefficient:+.4f}",
-        interval,
         _VERDICTS[component.present],
-        share,
+        weight,
+        interval,
+        Text(_why(component)),
+        f"{component.coefficient:+.4f}",
     )
+
+
+def _why(component: Component) -> str:
+    evidence = component.evidence
+    if evidence.one_of_group:
+        return f"this or {' or '.join(evidence.group)} is there"
+    group = f" (alike: {', '.join(evidence.group)})" if evidence.group else ""
+    if component.present and evidence.p_value is not None:
+        chance = "p < 1e-12" if evidence.p_value < 1e-12 else f"p = {evidence.p_value:.1g}"
+        return f"{chance}; {component.profile or 'layers not compared'}{group}"
+    return f"{evidence.reason}{group}"
 
 
 def _sentences(result: Attribution) -> Iterator[Text]:
     unexplained, method = result.unexplained, result.method
-    yield Text(
-        f"Unexplained: {100 * unexplained.share:.1f} % of the change's energy "
-        f"(storage rounding alone accounts for about {100 * unexplained.rounding_floor:.1f} %)."
-    )
+    yield Text(result.verdict, style="bold")
+    if unexplained.relative_norm > 0.0 and unexplained.share - unexplained.rounding_floor > _WORTH_SAYING:
+        yield Text(f"  What is beyond rounding is {100 * unexplained.relative_norm:.2g} % of the weights' norm.")
     if unexplained.untouched_share > 0.0:
         error = f" ± {100 * unexplained.untouched_error:.2f}" if unexplained.untouched_error else ""
         yield Text(
             f"  {100 * unexplained.untouched_share:.2f}{error} % of it lies in tensors that no component changes."
         )
+    base = result.base_coefficient
+    if base is not None and base.removed:
+        yield Text(f"The base is in it {base.coefficient:.4f} ± {base.error:.1g} times; the rest was attributed.")
+    if result.decoys is not None:
+        yield Text(f"Decoys: {len(result.decoys.accused)} of {result.decoys.tested} accused.")
     read = 100 * method.parameters_read / method.parameters
     sampled = "" if method.parameters_read == method.parameters else f", {read:.1f} % of them read (--exact reads all)"
     yield Text(f"Compared {method.parameters:,} parameters{sampled} by {method.solver} on {method.coordinates}.")
@@ -107,8 +129,7 @@ def _sentences(result: Attribution) -> Iterator[Text]:
         yield Text(f"{method.message}{f' Here: {groups}.' if groups else ''}", style="yellow")
     yield from _omissions(result)
     yield Text(
-        "* A plain cut on the coefficient, not a test: a fine-tune that is absent but similar to a present one "
-        "can pass it, above all when much is unexplained.",
+        "weight: of the fine-tune itself. fit: the solver's coefficient, which what resembles it raises too.",
         style="dim",
     )
 

@@ -60,7 +60,7 @@ class Spectrum:
         if not self.null.shape[1]:
             return ()
         tied = np.abs(self.null @ self.null.T) > PARTICIPATION
-        return tuple(group for group in _components(tied) if len(group) > 1)
+        return tuple(group for group in connected(tied) if len(group) > 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,7 +205,7 @@ def _renumber(groups: tuple[tuple[int, ...], ...], kept: IntArray) -> tuple[tupl
     return tuple(tuple(int(kept[column]) for column in group) for group in groups)
 
 
-def _components(linked: NDArray[np.bool_]) -> list[tuple[int, ...]]:
+def connected(linked: NDArray[np.bool_]) -> list[tuple[int, ...]]:
     """Return the connected components of a symmetric adjacency matrix, ordered by their first member."""
     waiting = np.ones(len(linked), dtype=bool)
     components = []

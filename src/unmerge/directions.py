@@ -1,0 +1,182 @@
+"""Leading singular directions of dense changes: a few factors in place of whole matrices.
+
+A full fine-tune's change of one tensor has the size of the tensor. Its leading directions are small enough to keep,
+and have the form of a LoRA adapter's change. They are found by passes over blocks of rows: what is held in memory is
+one block, and sketches of a few vectors as long as the rows and the columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from unmerge.checkpoint.dtypes import DTYPES, FloatArray
+from unmerge.checkpoint.tensor import ArrayTensor
+from unmerge.errors import TargetError
+from unmerge.task_vector import Delta, LowRank, TaskVector, blocks
+
+DIRECTIONS = 32
+"""Leading directions that are kept of each tensor, at most."""
+OVERSAMPLING = 8
+"""Directions that the sketch holds beyond the wanted ones."""
+POWER_ITERATIONS = 2
+"""Applications of M'M to the sketch, which make leading directions stand out."""
+SMALLEST = 1e-6
+"""Directions with singular values below this fraction of the largest are dropped: F32 would not hold them."""
+
+
+def directions(vector: TaskVector, rank: int = DIRECTIONS, *, workers: int = 1) -> TaskVector:
+    """Return the leading directions of what a fine-tune changed.
+
+    Parameters
+    ----------
+    vector : TaskVector
+        Its low-rank changes pass through as they are.
+    rank : int
+        Directions to keep of each dense change, at most.
+    workers : int
+        Tensors that are worked on at once; the result does not depend on it.
+
+    Returns
+    -------
+    TaskVector
+        Of the same name and digest, with low-rank changes alone; what was found has factors in F32, as a dictionary
+        stores them. Tensors of one row or column (biases, norms) and those that are equal to the base are absent.
+
+    Raises
+    ------
+    TargetError
+        If a change holds values that are not finite.
+    """
+    from joblib import Parallel, delayed
+    from threadpoolctl import threadpool_limits
+
+    names = [name for name, delta in sorted(vector.deltas.items()) if isinstance(delta, LowRank) or _is_matrix(delta)]
+    # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
+    with threadpool_limits(limits=1, user_api="blas"):
+        parallel = Parallel(n_jobs=workers, prefer="threads")
+        found = parallel(delayed(_tensor_directions)(vector, name, rank) for name in names)
+    kept = {name: delta for name, delta in zip(names, found, strict=True) if delta is not None}
+    return TaskVector(vector.name, vector.digest, kept)
+
+
+def is_low_rank(vector: TaskVector) -> bool:
+    """Tell whether every matrix of a change is low-rank already, so that it needs no `directions`."""
+    return all(isinstance(delta, LowRank) or not _is_matrix(delta) for delta in vector.deltas.values())
+
+
+def _is_matrix(delta: Delta) -> bool:
+    return min(delta.shape) >= 2
+
+
+def _tensor_directions(vector: TaskVector, name: str, rank: int) -> LowRank | None:
+    delta = vector.deltas[name]
+    if isinstance(delta, LowRank):
+        return delta
+    try:
+        # Seeded by the name, so a result can be repeated and does not depend on the other tensors.
+        found = leading(delta, rank, np.random.default_rng(list(name.encode())))
+    except ValueError as error:
+        raise TargetError(f"{vector.name}: tensor {name!r}: {error}") from error
+    # In the type of the stored ones, so that an atom from a dictionary and one given alone count the same.
+    return None if found is None else _low_rank(found.left(0, found.shape[0]), found.right(), "F32")
+
+
+def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank | None:
+    """Find the leading singular directions of one change.
+
+    The randomised range finder of Halko, Martinsson and Tropp (2011, algorithms 4.4 and 5.1): an approximation of
+    ``numpy.linalg.svd``, exact up to rounding where the change has at most `rank` directions. It reads the change
+    four times.
+
+    Parameters
+    ----------
+    delta : Delta
+        The change M, shape (m, n).
+    rank : int
+        Directions to return, at most.
+    generator : numpy.random.Generator
+        Draws the sketch.
+
+    Returns
+    -------
+    LowRank or None
+        Factors ``U S``, shape (m, k), in weight units, and ``W'``, shape (k, n), with orthonormal rows; k is at most
+        `rank`. Singular values descend; the largest element of each row of ``W'`` is positive. None if the change is
+        zero.
+
+    Raises
+    ------
+    ValueError
+        If `rank` is not positive, or the change holds values that are not finite.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank}: expected at least one direction")
+    sketch = _row_sketch(delta, rank, generator)
+    if sketch is None:
+        return None
+    columns, _ = np.linalg.qr(_times(delta, sketch))
+    inner, singular, right = np.linalg.svd(_transposed_times(delta, columns).T, full_matrices=False)
+    kept = int(np.count_nonzero(singular[:rank] > SMALLEST * singular[0]))
+    if not kept:
+        return None
+    signs = _signs(right[:kept])
+    left = columns @ inner[:, :kept] * (singular[:kept] * signs)
+    return _low_rank(left, right[:kept] * signs[:, np.newaxis], "F64")
+
+
+def _row_sketch(delta: Delta, rank: int, generator: np.random.Generator) -> FloatArray | None:
+    """Return an orthonormal basis, shape (n, rank + OVERSAMPLING or less), that leans to the leading directions.
+
+    None if the change is zero.
+    """
+    rows, columns = delta.shape
+    basis = generator.standard_normal((columns, min(rank + OVERSAMPLING, rows, columns)))
+    for _ in range(POWER_ITERATIONS):
+        product = _gram_times(delta, basis)
+        if not np.isfinite(product).all():
+            raise ValueError("it has NaN or Inf (in it or in the base), or its energy overflows: not a usable model")
+        if not product.any():
+            return None
+        basis, _ = np.linalg.qr(product)
+    return basis
+
+
+def _gram_times(delta: Delta, basis: FloatArray) -> FloatArray:
+    # M'M at once saves a pass. It squares singular values, but what SMALLEST keeps stays above float64's rounding.
+    rows, columns = delta.shape
+    product = np.zeros(basis.shape)
+    with np.errstate(invalid="ignore", over="ignore"):  # who reads the product says what is wrong
+        for start, stop in blocks(0, rows, columns):
+            block, _ = delta.block(start, stop)
+            product += block.T @ (block @ basis)
+    return product
+
+
+def _times(delta: Delta, basis: FloatArray) -> FloatArray:
+    rows, columns = delta.shape
+    return np.concatenate([delta.block(start, stop)[0] @ basis for start, stop in blocks(0, rows, columns)])
+
+
+def _transposed_times(delta: Delta, basis: FloatArray) -> FloatArray:
+    rows, columns = delta.shape
+    product = np.zeros((columns, basis.shape[1]))
+    for start, stop in blocks(0, rows, columns):
+        product += delta.block(start, stop)[0].T @ basis[start:stop]
+    return product
+
+
+def _signs(right: FloatArray) -> FloatArray:
+    # A singular pair is defined up to its sign; without a rule the sign would be LAPACK's accident.
+    largest = np.argmax(np.abs(right), axis=1)
+    return np.where(right[np.arange(len(right)), largest] < 0.0, -1.0, 1.0)
+
+
+def _low_rank(left: FloatArray, right: FloatArray, dtype: str) -> LowRank:
+    return LowRank(_in_memory("left", left, dtype), _in_memory("right", right, dtype), transposed=False, scale=1.0)
+
+
+def _in_memory(name: str, values: FloatArray, dtype: str) -> ArrayTensor:
+    stored = DTYPES[dtype]
+    return ArrayTensor(name, stored, values.shape, Path("(computed)"), np.ascontiguousarray(values, dtype=stored.raw))

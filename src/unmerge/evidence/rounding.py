@@ -1,0 +1,249 @@
+"""What storing weights with few bits does to a merge, and what can be known in spite of it.
+
+A fine-tune that was stored holds whole steps of the grid, and so does its difference from the base. A merge
+w_1 q_1 + w_2 q_2 of such steps is rounded to whole steps again. Where changes are a few steps large, that is no
+dither: with w = 0.9 and 0.1 every element whose q differ by less than five steps takes q_1, so least squares finds
+more than 0.9 and less than 0.1; changes below half a step vanish, and all coefficients shrink.
+
+Weights near simple fractions lock to them even if changes are many steps large, for the same reason.
+
+Two answers: the weights by maximum likelihood, which takes a stored element for the cell that it is (`censored`), and
+the share of a change that rounding alone leaves unexplained, found by making the merge of the present atoms once
+more and rounding it.
+
+All of it is done on corners: some rows and columns of each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmerge.evidence.censored import Cells, CensoredFit, censored_fit
+from unmerge.statistics import FloatArray
+
+SMALLEST_MISSING = 0.02
+"""A weight that a stranger is believed to have."""
+TIES = 0.003
+"""Standard deviation of what decides about sums half way between two stored values, in spacings."""
+Grid = Callable[[FloatArray], FloatArray]
+"""Rounds values to a storage type."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corner:
+    """Some rows and columns of one tensor, in two halves of rows that share no column either.
+
+    Attributes
+    ----------
+    target : array, shape (s, c)
+        The target's change, in weight units.
+    base : array, shape (s, c)
+        The base's weights.
+    atoms : array, shape (P, s, c)
+        The changes of the P atoms that are taken to be present.
+    stored : array of bool, shape (P,)
+        Whether an atom is known as stored: rounded already (a full checkpoint), or not (an adapter).
+    spacing : array, shape (s, c)
+        Distance between neighbours on the coarser of the base's and the target's grid.
+    target_grid, base_grid : Grid
+        The storage types of the target and of the base.
+    target_cell : callable or None
+        Returns the bounds of what the target's storage type rounds to each value; None if it was not rounded, or
+        is not known as it was stored.
+    size : int
+        Parameters of the tensor that the corner stands for.
+    """
+
+    target: FloatArray
+    base: FloatArray
+    atoms: FloatArray
+    stored: NDArray[np.bool_]
+    spacing: FloatArray
+    target_grid: Grid
+    target_cell: Callable[[FloatArray], tuple[FloatArray, FloatArray]] | None
+    base_grid: Grid
+    size: int
+
+    @property
+    def stored_atoms(self) -> FloatArray:
+        """The atoms' changes after they were stored as checkpoints, shape (P, s, c)."""
+        rounded = self.base_grid(self.base + self.atoms) - self.base
+        return np.where(self.stored[:, None, None], self.atoms, rounded)
+
+    def half(self, number: int) -> Corner:
+        """Return the first or the second half of its rows; the two share no row and no column of the tensor."""
+        rows = slice(number * (len(self.base) // 2), (number + 1) * (len(self.base) // 2))
+        return replace(
+            self,
+            target=self.target[rows],
+            base=self.base[rows],
+            atoms=self.atoms[:, rows],
+            spacing=self.spacing[rows],
+        )
+
+
+def exact_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> CensoredFit:
+    """Fit the weights of a merge in which there is nothing but the atoms and rounding; its cells must be known.
+
+    One half of each corner is fitted. The other half, where the same merge is made again and fitted in the same way,
+    gives the bias: rounding errors there are others, so the jackknife sees the noise of both.
+
+    Parameters
+    ----------
+    corners : sequence of Corner
+        At least one.
+    start : array, shape (P,)
+        A first estimate, by least squares.
+    way : str
+        How the merge was made: a key of `WAYS`.
+    """
+    generator = np.random.default_rng(0)
+    near, far = ([corner.half(number) for corner in corners] for number in (0, 1))
+    fit = censored_fit([_cells(corner, corner.target, way) for corner in near], start)
+    # Round weights make many sums lie half way between two stored values. There, chance decides in a real merge;
+    # weights a little beside the true ones would decide all alike.
+    dithers = [TIES * corner.spacing * generator.standard_normal(corner.target.shape) for corner in far]
+    again = [
+        _cells(corner, WAYS[way](corner, fit.weights, dither), way) for corner, dither in zip(far, dithers, strict=True)
+    ]
+    return fit.unbiased(censored_fit(again, fit.weights), fit.weights)
+
+
+def _cells(corner: Corner, change: FloatArray, way: str) -> Cells:
+    changes = corner.atoms if way == AT_ONCE else corner.stored_atoms
+    if corner.target_cell is None:
+        raise ValueError("the target's cells are not known")
+    low, high = corner.target_cell(corner.base + change)
+    return Cells(
+        changes.reshape(len(changes), -1),
+        (low - corner.base).ravel(),
+        (high - corner.base).ravel(),
+        np.maximum(corner.spacing, high - low).ravel(),
+    )
+
+
+def simulated_least_squares(
+    corners: Sequence[Corner], weights: FloatArray, strangers: Sequence[float], generator: np.random.Generator
+) -> tuple[FloatArray, FloatArray]:
+    """Return the coefficients that least squares finds in a merge of checkpoints with these weights.
+
+    Parameters
+    ----------
+    strangers : sequence of float
+        Root mean square of what else is in each corner, in weight units; drawn as Gaussian.
+
+    Returns
+    -------
+    two arrays, shape (P,)
+        If the stranger was stored as one more checkpoint, with the weight that is missing from 1 (a half if none
+        is); and if it is many, which dither the rounding.
+    """
+    missing = 1.0 - float(np.abs(weights).sum())
+    missing = missing if missing > SMALLEST_MISSING else 0.5
+    draws = [
+        stranger * generator.standard_normal(corner.target.shape)
+        for corner, stranger in zip(corners, strangers, strict=True)
+    ]
+    stored = [
+        missing * (corner.base_grid(corner.base + draw / missing) - corner.base)
+        for corner, draw in zip(corners, draws, strict=True)
+    ]
+    return _found_beside(corners, weights, stored), _found_beside(corners, weights, draws)
+
+
+def _found_beside(corners: Sequence[Corner], weights: FloatArray, strangers: Sequence[FloatArray]) -> FloatArray:
+    """Return what least squares finds of the atoms in a merge of them and strangers, after taking those out."""
+    gram = np.zeros((len(weights), len(weights)))
+    correlation = np.zeros(len(weights))
+    for corner, stranger in zip(corners, strangers, strict=True):
+        scale = np.sqrt(corner.size / stranger.size)
+        merge = scale * (_from_checkpoints(corner, weights, stranger) - stranger).ravel()
+        atoms = scale * corner.atoms.reshape(len(weights), -1)
+        gram += atoms @ atoms.T
+        correlation += atoms @ merge
+    return np.asarray(np.linalg.lstsq(gram, correlation, rcond=1e-9)[0])
+
+
+def rounding_shares(
+    corners: Sequence[Corner], weights: FloatArray, strangers: Sequence[float], generator: np.random.Generator
+) -> dict[str, float]:
+    """Return the share of the change that rounding alone would leave unexplained, for each way to make the merge.
+
+    Parameters
+    ----------
+    corners : sequence of Corner
+        At least one.
+    weights : array, shape (P,)
+        Of the present atoms.
+    strangers : sequence of float
+        Root mean square of what else the target holds in each corner, which dithers the rounding; in weight units.
+    generator : numpy Generator
+        Draws the dither.
+
+    Returns
+    -------
+    dict
+        ``"applied at once"``: all changes are added to the base and rounded once (PEFT, or arithmetic in single
+        precision on adapters). ``"from checkpoints"``: every fine-tune was stored before it was merged.
+        ``"in storage arithmetic"``: in addition, every product and sum was rounded (mergekit's ``linear`` with
+        ``dtype: bfloat16``).
+    """
+    dithers = [
+        stranger * generator.standard_normal(corner.target.shape)
+        for corner, stranger in zip(corners, strangers, strict=True)
+    ]
+    found = {}
+    for words, way in WAYS.items():
+        made = [way(corner, weights, dither) for corner, dither in zip(corners, dithers, strict=True)]
+        found[words] = _left_over(corners, weights, made, dithers)
+    return found
+
+
+def _at_once(corner: Corner, weights: FloatArray, dither: FloatArray) -> FloatArray:
+    moved = corner.base + np.tensordot(weights, corner.atoms, 1) + dither
+    return corner.target_grid(moved) - corner.base
+
+
+def _from_checkpoints(corner: Corner, weights: FloatArray, dither: FloatArray) -> FloatArray:
+    moved = corner.base + np.tensordot(weights, corner.stored_atoms, 1) + dither
+    return corner.target_grid(moved) - corner.base
+
+
+def _in_storage_arithmetic(corner: Corner, weights: FloatArray, dither: FloatArray) -> FloatArray:
+    models = corner.base + corner.stored_atoms
+    products = [corner.target_grid(weight * model) for weight, model in zip(weights, models, strict=True)]
+    rest = (1.0 - weights.sum()) * corner.base  # of what is not known
+    return corner.target_grid(np.sum(products, axis=0) + rest + dither) - corner.base
+
+
+AT_ONCE = "applied at once"
+IN_STORAGE = "in storage arithmetic"
+WAYS: Mapping[str, Callable[[Corner, FloatArray, FloatArray], FloatArray]] = {
+    AT_ONCE: _at_once,
+    "from checkpoints": _from_checkpoints,
+    IN_STORAGE: _in_storage_arithmetic,
+}
+"""The ways in which a merge is made, and the change that each makes of a corner, weights and what else there is."""
+
+
+def left_over(corners: Sequence[Corner], weights: FloatArray) -> float:
+    """Return the share of the target's energy in its corners that the atoms do not explain."""
+    nothing = [np.zeros_like(corner.target) for corner in corners]
+    return _left_over(corners, weights, [corner.target for corner in corners], nothing)
+
+
+def _left_over(
+    corners: Sequence[Corner], weights: FloatArray, made: Sequence[FloatArray], dithers: Sequence[FloatArray]
+) -> float:
+    """Return the share of a merge's energy that is neither its atoms' nor its stranger's."""
+    left = energy = 0.0
+    for corner, merge, dither in zip(corners, made, dithers, strict=True):
+        scale = corner.size / merge.size
+        rest = merge - np.tensordot(weights, corner.atoms, 1) - dither
+        left += scale * float(np.vdot(rest, rest))
+        energy += scale * float(np.vdot(merge, merge))
+    return left / energy if energy > 0.0 else 0.0

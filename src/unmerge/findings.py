@@ -1,0 +1,524 @@
+"""What a solved regression is evidence of: which atoms are present, with what weights, and what else there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.cores import cores, remainders
+from unmerge.corners import corners
+from unmerge.dictionary import Base
+from unmerge.evidence.identifiability import alike_groups
+from unmerge.evidence.intervals import jackknife_intervals
+from unmerge.evidence.presence import Core, Presence, presence
+from unmerge.evidence.profile import Shape, describe_profile
+from unmerge.evidence.rounding import (
+    IN_STORAGE,
+    WAYS,
+    Corner,
+    exact_weights,
+    left_over,
+    rounding_shares,
+    simulated_least_squares,
+)
+from unmerge.evidence.spectrum import Character, character, spikes
+from unmerge.regression import Regression
+from unmerge.solvers import Nnls, Solution, Solver, Status
+from unmerge.solvers.problem import unit_gram
+from unmerge.statistics import Statistics
+from unmerge.task_vector import TaskVector
+
+ERROR_RATE = 1e-3
+"""Probability of accusing any absent atom of a dictionary, per target (Bonferroni over its atoms)."""
+SUGGESTIVE = 0.01
+"""Below this p-value silence is not taken for absence."""
+SMALLEST = 0.2
+"""A weight that the test must be able to find before its silence is taken for absence."""
+POWER = 0.95
+"""Probability with which a weight that is called detectable is found."""
+RELATED = 0.3
+"""Cosine from which the weights of two atoms are estimated together."""
+MATERIAL = 0.02
+"""Share of the change's energy, beyond what rounding accounts for, from which strangers are reckoned with."""
+NEGLIGIBLE = 1e-4
+"""The same, up to which nothing is left to look at."""
+CLEARLY = 0.1
+"""The same where nothing needs to be estimated exactly to see it."""
+ONE_OF_GROUP = "it or a version of it is present; which one cannot be told"
+LEVEL = 0.95
+"""Coverage of intervals."""
+REFINEMENTS = 2
+"""How often weights are corrected for rounding and rounding is simulated with them."""
+SCALES = (0.5, 2.0)
+"""How much more may be left of whole tensors than of their corners."""
+REMAINING = (0.2, 2.0)
+"""What rounding may leave of a coefficient."""
+SMALL_WEIGHT = 1e-3
+"""Below it, what rounding leaves of a weight is not estimated."""
+SPECTRUM_LINES = 128
+"""Rows and columns of a corner whose singular values are computed."""
+MOST_INTERVALS = 64
+"""Atoms in a dictionary up to which coefficients get an interval where nothing was tested: forty solves."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finding:
+    """What is known of one atom.
+
+    Attributes
+    ----------
+    weight : float or None
+        Estimate of how much of the atom itself is in the target; None where there is no evidence.
+    interval : tuple of float, or None
+        Of the weight, at `LEVEL`.
+    present : bool or None
+        None: cannot tell.
+    p_value : float or None
+        Of the test; None if it was not made.
+    detectable : float or None
+        The smallest weight that the test would have found, with probability `POWER`.
+    reason : str
+        Why the verdict is what it is.
+    group : tuple of int
+        Other atoms that are versions of it.
+    one_of_group : bool
+        Whether one of them or the atom is present, and it cannot be told which.
+    shape : Shape or None
+        How its weight varies over the layers; only if it is present.
+    layers : array, shape (L, 3)
+        Layer, weight, standard error.
+    """
+
+    weight: float | None
+    interval: tuple[float, float] | None
+    present: bool | None
+    p_value: float | None
+    detectable: float | None
+    reason: str
+    group: tuple[int, ...] = ()
+    one_of_group: bool = False
+    shape: Shape | None = None
+    layers: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unknown:
+    """What the present atoms leave.
+
+    Attributes
+    ----------
+    share : float
+        Of the energy of the target's change.
+    rounding_floor : float
+        The share that rounding alone would leave of a merge of the present atoms.
+    way : str or None
+        How the merge was made if that is the floor; None if it was not simulated.
+    character : Character or None
+        What kind of change the rest is.
+    weights : array, shape (K,)
+        What of each atom was taken out.
+    relative_norm : float
+        Norm of what is beyond rounding over the norm of the base's weights that were looked at; 0 if none were.
+    """
+
+    share: float
+    rounding_floor: float
+    way: str | None
+    character: Character | None
+    weights: FloatArray
+    relative_norm: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Findings:
+    """All that is known: one finding for each atom, in the regression's order, and of the rest."""
+
+    atoms: tuple[Finding, ...]
+    unknown: Unknown
+
+
+def examine(regression: Regression, solution: Solution, solver: Solver, target: TaskVector, base: Base) -> Findings:
+    """Test every atom, estimate the weights of those that are present, and look at what they leave.
+
+    Parameters
+    ----------
+    regression : Regression
+        With contacts; without them, nothing can be told of presence.
+    solution : Solution
+        Of the whole regression.
+    solver : Solver
+        What it was solved with.
+    target : TaskVector
+        What the regression is of.
+    """
+    if solution.status in (Status.NOT_CONVERGED, Status.NOT_FINITE) or not regression.contacts:
+        return _untested(regression, solution, _jackknife(regression, solver))
+    groups = alike_groups(regression.total.gram)
+    tests = presence_tests(regression, solution, groups, signed=solver.signed)
+    findings = [_tested(solution, solver, tests, atom, groups) for atom in range(len(regression.atoms))]
+    findings = [_in_its_group(findings, tests, solution, atom) for atom in range(len(findings))]
+    kept = [
+        atom
+        for atom, finding in enumerate(findings)
+        if finding.present or (finding.one_of_group and solution.coefficients[atom] != 0.0)
+    ]
+    seen = corners(regression, target, base, kept)
+    certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
+    estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
+    unknown = _unknown(regression, kept, estimate, seen)
+    for atom in kept:
+        if findings[atom].present:
+            findings[atom] = _refined(findings[atom], estimate, atom)
+    return Findings(tuple(findings), unknown)
+
+
+def _jackknife(regression: Regression, solver: Solver) -> FloatArray | None:
+    if len(regression.atoms) > MOST_INTERVALS:
+        return None
+    return jackknife_intervals([tensor.statistics for tensor in regression.tensors if tensor.touched], solver, LEVEL)
+
+
+def _pair(bounds: FloatArray | None) -> tuple[float, float] | None:
+    if bounds is None or not np.isfinite(bounds).all():
+        return None
+    return float(bounds[0]), float(bounds[1])
+
+
+def _untested(regression: Regression, solution: Solution, intervals: FloatArray | None) -> Findings:
+    reason = "not tested"
+    found = [
+        Finding(None, _pair(None if intervals is None else intervals[atom]), None, None, None, reason)
+        for atom in range(len(regression.atoms))
+    ]
+    total = regression.total
+    return Findings(
+        tuple(found),
+        Unknown(
+            share=total.residual_energy(solution.coefficients) / total.energy,
+            rounding_floor=min(1.0, total.rounding / total.energy),
+            way=None,
+            character=None,
+            weights=solution.coefficients,
+            relative_norm=0.0,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AtomTest:
+    """The tests of one atom.
+
+    Attributes
+    ----------
+    own : Presence
+        Beside those that are related to it.
+    group : Presence or None
+        As the one that stands for all that are versions of it; None if there are none.
+    """
+
+    own: Presence
+    group: Presence | None
+
+
+def presence_tests(
+    regression: Regression, solution: Solution, groups: Sequence[Sequence[int]], *, signed: bool
+) -> dict[int, AtomTest]:
+    """Test every atom.
+
+    Parameters
+    ----------
+    regression : Regression
+        With contacts.
+    solution : Solution
+        Of it.
+    groups : sequence of sequence of int
+        Atoms that are versions of one fine-tune.
+    """
+    # A solver may give 0 to what is present but small, and to the right one of two versions.
+    relatives = _relatives(regression.total.gram)
+    floor = _noise_floor(regression)
+    alike = {atom: set(group) - {atom} for group in groups for atom in group}
+    tests = {}
+    for atom, found in cores(regression, solution.coefficients, relatives, floor).items():
+        own = presence(found, signed=signed)
+        others = [other for other in relatives[atom] if other in alike.get(atom, ())]
+        grouped = [_joined(core, relatives[atom], others, solution.coefficients) for core in found] if others else None
+        tests[atom] = AtomTest(own, presence(grouped, signed=signed) if grouped else None)
+    return tests
+
+
+def _noise_floor(regression: Regression) -> dict[str, float]:
+    """Return the mean square that rounding leaves in each tensor; where nothing changed, that of the others."""
+    met = [tensor for tensor in regression.tensors if tensor.name in regression.contacts]
+    floor = {tensor.name: tensor.statistics.rounding / tensor.statistics.count for tensor in met}
+    usual = float(np.median([value for value in floor.values() if value > 0.0] or [0.0]))
+    return {name: value or usual for name, value in floor.items()}
+
+
+def _relatives(gram: FloatArray) -> dict[int, list[int]]:
+    """Return the atoms that each one is related to, closest first; atoms that are zero have no entry."""
+    kept, _, cosines = unit_gram(gram)
+    near = np.abs(cosines) - np.eye(len(kept))
+    return {
+        int(atom): [int(kept[place]) for place in np.argsort(-row, kind="stable") if row[place] >= RELATED]
+        for atom, row in zip(kept, near, strict=True)
+    }
+
+
+def _joined(core: Core, relatives: Sequence[int], others: Sequence[int], coefficients: FloatArray) -> Core:
+    """Give an atom what those alike were credited with, so that it stands for the group."""
+    matched = core.matched + sum(coefficients[other] * core.relatives[relatives.index(other)] for other in others)
+    rest = [place for place, other in enumerate(relatives) if other not in others]
+    return replace(core, matched=matched, relatives=core.relatives[rest])
+
+
+def _tested(
+    solution: Solution,
+    solver: Solver,
+    tests: Mapping[int, AtomTest],
+    atom: int,
+    groups: Sequence[Sequence[int]],
+) -> Finding:
+    """Say what the test of one atom means."""
+    coefficient = float(solution.coefficients[atom])
+    tied = next((group for group in solution.groups if atom in group), ())
+    if tied:
+        others = tuple(other for other in tied if other != atom)
+        return Finding(None, None, None, None, None, "cannot be told apart from another atom", others)
+    group = next((tuple(other for other in group if other != atom) for group in groups if atom in group), ())
+    test = tests.get(atom)
+    if test is None or not test.own.decidable:
+        return Finding(None, None, None, None, None, "too few matrices for a test")
+    present, reason = _verdict(test.own, coefficient, len(solution.coefficients))
+    weight, interval = _drift_free(test.own, 1.0, signed=solver.signed)
+    return Finding(
+        weight=weight,
+        interval=interval,
+        present=present,
+        p_value=test.own.p_value,
+        detectable=_detectable(test.own, len(solution.coefficients)),
+        reason=reason,
+        group=group,
+        layers=test.own.layers,
+    )
+
+
+def _in_its_group(findings: Sequence[Finding], tests: Mapping[int, AtomTest], solution: Solution, atom: int) -> Finding:
+    """Leave open which version of a fine-tune is present if one of them is, and none is certain."""
+    own = findings[atom]
+    members = (atom, *own.group)
+    if not own.group or any(findings[member].present for member in members):
+        return own
+    if not any(_stands_for_present(tests.get(member), solution, member) for member in members):
+        return own
+    # Versions of one fine-tune share a weight in ways that nothing determines.
+    return replace(own, weight=None, interval=None, present=None, reason=ONE_OF_GROUP, one_of_group=True)
+
+
+def _stands_for_present(test: AtomTest | None, solution: Solution, atom: int) -> bool:
+    if test is None or test.group is None:
+        return False
+    return _verdict(test.group, float(solution.coefficients[atom]), len(solution.coefficients))[0] is True
+
+
+def _detectable(test: Presence, atoms: int) -> float:
+    """Return the weight that the test finds in 95 of 100 targets like this one."""
+    from scipy.special import stdtrit
+
+    needed = stdtrit(test.freedom, 1.0 - ERROR_RATE / atoms) + stdtrit(test.freedom, POWER)
+    return float(needed) * max(test.error, test.matched_error)
+
+
+def _verdict(test: Presence, coefficient: float, atoms: int) -> tuple[bool | None, str]:
+    if test.p_value <= ERROR_RATE / atoms:
+        return True, "all of its directions are there, in proportion"
+    if test.p_value <= SUGGESTIVE:
+        return None, "signs of it, too weak to be sure"
+    detectable = _detectable(test, atoms)
+    if detectable > max(SMALLEST, abs(coefficient)):
+        return None, f"a weight below {detectable:.2g} could not be seen here"
+    return False, f"its own directions are missing; {detectable:.1g} would be seen"
+
+
+def _drift_free(test: Presence, kept: float, *, signed: bool) -> tuple[float, tuple[float, float]]:
+    """Return the weight that the test estimates and its interval; `kept` is what rounding leaves of a coefficient."""
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(test.freedom, 0.5 + 0.5 * LEVEL)) * test.error / kept
+    weight = test.weight / kept
+    least = -np.inf if signed else 0.0
+    return max(least, weight), (max(least, weight - half), max(least, weight + half))
+
+
+def _remaining(found: FloatArray, weights: FloatArray) -> FloatArray:
+    """Return what share of each weight least squares found."""
+    shares = np.divide(found, weights, out=np.ones(len(weights)), where=np.abs(weights) > SMALL_WEIGHT)
+    return np.asarray(np.clip(shares, *REMAINING))
+
+
+def _corrected(test: Presence, remaining: FloatArray, *, signed: bool) -> tuple[float, tuple[float, float]]:
+    """Return the drift-free weight corrected by the first share, and an interval that holds those by all shares."""
+    found = [_drift_free(test, float(share), signed=signed) for share in remaining]
+    intervals = np.array([interval for _, interval in found])
+    return found[0][0], (float(intervals[:, 0].min()), float(intervals[:, 1].max()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Estimate:
+    """Weights of the kept atoms, in their order, and what they leave."""
+
+    weights: FloatArray
+    intervals: tuple[tuple[float, float] | None, ...]
+    share: float
+    floor: float
+    way: str | None
+    places: Mapping[int, int]
+
+
+def _estimate(
+    regression: Regression,
+    kept: Sequence[int],
+    seen: Mapping[str, Corner],
+    certain: Mapping[int, Presence],
+    *,
+    signed: bool,
+) -> _Estimate:
+    """Estimate the weights of the kept atoms: by least squares if rounding explains the rest, drift-free if not."""
+    total, solver = regression.total, Nnls(signed=signed)
+    places = {atom: place for place, atom in enumerate(kept)}
+    if not kept:
+        none = np.zeros(0)
+        return _Estimate(none, (), 1.0, min(1.0, total.rounding / total.energy), None, places)
+    chosen = np.asarray(kept, dtype=np.intp)
+    own, looked_at = total.select(chosen), list(seen.values())
+    fitted = solver.solve(own).coefficients
+    known = _exact(regression, own, chosen, looked_at, fitted, places, solver)
+    if known is not None:
+        return known
+    weights, share, floor, way = fitted, 1.0, 0.0, ""
+    intervals: tuple[tuple[float, float] | None, ...] = ()
+    for _ in range(REFINEMENTS):
+        # What rounding leaves of each coefficient, seen on a merge made again with a stranger of that size.
+        strangers = _strangers(looked_at, weights)
+        again = simulated_least_squares(looked_at, weights, strangers, np.random.default_rng(0))
+        remaining = np.array([_remaining(seen_again, weights) for seen_again in again])
+        found = {
+            place: _corrected(certain[atom], remaining[:, place], signed=signed)
+            for atom, place in places.items()
+            if atom in certain
+        }
+        weights = np.array([found[place][0] if place in found else fitted[place] for place in range(len(kept))])
+        intervals = tuple(found[place][1] if place in found else None for place in range(len(kept)))
+        share = own.residual_energy(weights) / total.energy
+        floor, way = _floor(regression, looked_at, weights, share)
+    return _Estimate(weights, intervals, share, floor, way, places)
+
+
+def _exact(
+    regression: Regression,
+    own: Statistics,
+    chosen: NDArray[np.intp],
+    seen: Sequence[Corner],
+    fitted: FloatArray,
+    places: Mapping[int, int],
+    solver: Solver,
+) -> _Estimate | None:
+    """Estimate the weights if the atoms and rounding are all that there is; None if they are not."""
+    energy = regression.total.energy
+    share = own.residual_energy(fitted) / energy
+    if share - _floor(regression, seen, fitted, share)[0] > CLEARLY:
+        return None
+    if all(corner.target_cell is not None for corner in seen):
+        fits = {way: exact_weights(seen, fitted, way=way) for way in WAYS if way != IN_STORAGE}
+        way = max(fits, key=lambda way: fits[way].likelihood)
+        weights, bounds = fits[way].weights, fits[way].intervals(LEVEL, signed=solver.signed)
+    else:
+        weights = fitted
+        parts = [tensor.statistics.select(chosen) for tensor in regression.tensors if tensor.touched]
+        bounds = jackknife_intervals(parts, solver, LEVEL)
+    share = own.residual_energy(weights) / energy
+    floor, way = _floor(regression, seen, weights, share)
+    if share - floor > MATERIAL:
+        return None
+    return _Estimate(weights, tuple(_pair(row) for row in bounds), share, floor, way, places)
+
+
+def _strangers(seen: Sequence[Corner], weights: FloatArray) -> list[float]:
+    """Return the root mean square of what neither the atoms nor rounding account for, by corner."""
+    found = []
+    for corner in seen:
+        rest = corner.target - np.tensordot(weights, corner.atoms, 1)
+        noise = float(np.mean(corner.spacing**2)) / 12.0
+        found.append(float(np.sqrt(max(0.0, float(np.mean(rest**2)) - 2.0 * noise))))
+    return found
+
+
+def _floor(regression: Regression, seen: Sequence[Corner], weights: FloatArray, share: float) -> tuple[float, str]:
+    """Return what rounding alone would leave, by the way of merging that comes closest to what is left."""
+    shares = rounding_shares(seen, weights, _strangers(seen, weights), np.random.default_rng(0))
+    energy = regression.total.energy
+    untouched = [tensor.statistics for tensor in regression.tensors if not tensor.touched]
+    elsewhere = sum(min(statistics.rounding, statistics.energy) for statistics in untouched) / energy
+    untouched_share = sum(statistics.energy for statistics in untouched) / energy
+    # A corner is not its tensor, but the same part of both is what rounding left.
+    scale = _ratio(share - untouched_share, left_over(seen, weights))
+    floors = {words: min(1.0, scale * floor + elsewhere) for words, floor in shares.items()}
+    way = min(floors, key=lambda words: abs(floors[words] - share))
+    return floors[way], way
+
+
+def _ratio(share: float, on_corners: float) -> float:
+    """Return what is left of touched tensors over what is left of their corners, where both can be seen."""
+    return float(np.clip(share / on_corners, *SCALES)) if share > 0.0 and on_corners > 0.0 else 1.0
+
+
+def _refined(finding: Finding, estimate: _Estimate, atom: int) -> Finding:
+    place = estimate.places[atom]
+    shape = None
+    if finding.layers is not None and len(finding.layers):
+        layers, values, errors = finding.layers.T
+        shape = describe_profile(layers, values, errors, np.inf)
+    return replace(finding, weight=float(estimate.weights[place]), interval=estimate.intervals[place], shape=shape)
+
+
+def _unknown(regression: Regression, kept: Sequence[int], estimate: _Estimate, seen: Mapping[str, Corner]) -> Unknown:
+    weights = np.zeros(len(regression.atoms))
+    weights[list(kept)] = estimate.weights
+    beyond = estimate.share - estimate.floor
+    return Unknown(
+        estimate.share,
+        estimate.floor,
+        estimate.way,
+        _character(regression, weights, seen) if beyond > NEGLIGIBLE else Character("nothing", 0, 0.0),
+        weights,
+        _relative_norm(regression, weights, estimate, seen),
+    )
+
+
+def _relative_norm(
+    regression: Regression, weights: FloatArray, estimate: _Estimate, seen: Mapping[str, Corner]
+) -> float:
+    base = sum(corner.size * float(np.mean(corner.base**2)) for corner in seen.values())
+    if base == 0.0:
+        return 0.0
+    met = [tensor.statistics for tensor in regression.tensors if tensor.name in regression.contacts]
+    left = sum(statistics.residual_energy(weights) for statistics in met)
+    floor = estimate.floor * sum(statistics.energy for statistics in met)
+    return float(np.sqrt(max(0.0, left - floor) / base))
+
+
+def _character(regression: Regression, weights: FloatArray, seen: Mapping[str, Corner]) -> Character | None:
+    """Look at the singular values of what is left, in some tensors."""
+    by_name = {tensor.name: tensor.statistics for tensor in regression.tensors}
+    spectra, sizes = [], []
+    for remainder in remainders(regression, weights, names=seen):
+        statistics = by_name[remainder.name]
+        noise = float(np.sqrt(statistics.rounding / statistics.count))
+        corner = remainder.corner[:SPECTRUM_LINES, :SPECTRUM_LINES]
+        spectra.append(spikes(corner, noise))
+        sizes.append(statistics.count / corner.size)
+    return character(spectra, sizes) if spectra else None
