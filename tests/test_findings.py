@@ -19,7 +19,10 @@ from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.compress import materialise
 from unmerge.dictionary import build, open_base
 from unmerge.errors import UnmergeError
+from unmerge.evidence.presence import Presence
+from unmerge.findings import AtomTest, _tested
 from unmerge.result import Attribution, Component
+from unmerge.solvers import Nnls, Solution, Status
 from unmerge.testing import quantise, tiny_model, write_adapter, write_checkpoint, write_safetensors
 
 KNOWN = ("add", "sub", "json", "xml")
@@ -590,3 +593,17 @@ class TestExtraction:
     def test_a_folder_in_use_is_refused_before_anything_is_read(self, tmp_path: Path) -> None:
         with pytest.raises(UnmergeError, match=r"already exists; choose another folder for what is extracted$"):
             unmerge.attribute("no/target", ["no/atom"], base="no/base", extract_to=tmp_path)
+
+
+class TestWhatTheSolverDoesWithout:
+    def test_is_not_called_present_on_directions_alone(self) -> None:
+        seen = Presence(0.1, 0.001, 0.1, 0.001, 15.0, 1e-12, np.zeros((0, 3)))
+        solver = Nnls(signed=False)
+        for credited, present in (((0.0, 0.3), None), ((0.2, 0.3), True)):
+            solution = Solution(np.array(credited), Status.CONVERGED, (), 0)
+            assert _tested(solution, solver, {0: AtomTest(seen, None)}, 0, []).present is present
+
+    def test_is_present_if_a_version_of_it_was_credited(self) -> None:
+        seen = Presence(0.1, 0.001, 0.1, 0.001, 15.0, 1e-12, np.zeros((0, 3)))
+        solution = Solution(np.array([0.0, 0.3]), Status.CONVERGED, (), 0)
+        assert _tested(solution, Nnls(signed=False), {0: AtomTest(seen, None)}, 0, [(0, 1)]).present is True

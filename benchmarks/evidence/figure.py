@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.evidence.mixes import HARD
 from benchmarks.evidence.rows import Row
-from benchmarks.evidence.scoring import BINS, CLEAR, accused_targets, detection, share, split
+from benchmarks.evidence.scoring import BINS, CLEAR, accused_targets, detection, named, share, split
 from unmerge.experiment.figures import BLUE, GREEN, INK, ORANGE, STYLE
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 def _draw_line(axes: Axes, rows: Sequence[Row], label: str, look: tuple[str, str, float]) -> None:
     colour, marker, shift = look
-    shares = [(place, one) for place, one in enumerate(detection(rows)) if one.total]
+    shares = [(place, one) for place, one in enumerate(detection(rows, named)) if one.total]
     # Each in the middle of its bin on the logarithmic axis, side by side.
     places = [sqrt(max(BINS[place][0], 0.01) * min(BINS[place][1], 1.0)) * shift for place, _ in shares]
     rates = [one.count / one.total for _, one in shares]
@@ -78,12 +78,13 @@ def _draw_line(axes: Axes, rows: Sequence[Row], label: str, look: tuple[str, str
 
 def _headline(figure: Figure, rows: Sequence[Row]) -> None:
     inside, _ = split(rows)
-    found = share(answer for answer in inside if answer.truth >= CLEAR)
+    found = share((answer for answer in inside if answer.truth >= CLEAR), named)
     title = f"{found.count} of {found.total} components with a weight of {CLEAR:g} or more are found"
     accused = accused_targets(rows)
     explanation = (
-        f"{len(rows)} hard mixes by four methods; an absent atom, twins aside, is accused in {accused.count} of them.\n"
-        "Bars are 95 % intervals of the rate; weights below 0.02 come from dividing by the sum."
+        "Found: named present, or as one of a group of versions of one fine-tune. "
+        f"{len(rows)} hard mixes by four methods;\nan absent atom, twins aside, is accused in {accused.count} of them. "
+        "Bars are 95 % intervals of the rate."
     )
     figure.suptitle(title + "\n \n ", x=0.01, ha="left", fontsize=11, fontweight="bold", linespacing=1.3)
     figure.text(0.01, 1.0 - 0.25 / figure.get_figheight(), explanation, ha="left", va="top", color="#444444")

@@ -38,7 +38,8 @@ dictionary does not have, at 0.2 to 0.9; three in five of those have a sibling i
 for the same task of another seed. Ranks, learning rates, data and lengths of training differ. A twin is another
 checkpoint of one run; twins are counted apart. Weights are effective ones: those of linear and TIES merges are
 divided by their sum, as mergekit does, so some are below 0.02. For TIES and DARE (density 0.5) they are the
-recipe's."""
+recipe's. One rule of the test was made after a run of these very mixes, in which one absent sibling of 3,788 was
+accused: an atom is not called present if the solver gives neither it nor a version of it anything."""
 PEER_SAMPLE = 24
 """Targets with the smallest dictionary that modelDNA takes apart too."""
 KINDS = ("sibling", "other", "twin")
@@ -88,10 +89,14 @@ def _detection_table(rows: Sequence[Row]) -> Table:
     cells = []
     for label, own in _sizes(rows):
         for method in (*METHODS, "all"):
-            shares = detection(row for row in own if method in (row.method, "all"))
+            shares = detection((row for row in own if method in (row.method, "all")), named)
             cells.append((f"{label}, {method}", *(str(one) if one.total else "" for one in shares)))
     header = ("dictionary, method", *(f"{low:g} to {min(high, 1.0):g}" for low, high in BINS))
-    return Table("Atoms detected of those inside, by effective weight; the last column holds 1 too.", header, cells)
+    return Table(
+        "Atoms detected, themselves or as one of a group of versions, of those inside; by effective weight.",
+        header,
+        cells,
+    )
 
 
 def _accusation_table(rows: Sequence[Row]) -> Table:

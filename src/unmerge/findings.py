@@ -48,6 +48,7 @@ NEGLIGIBLE = 1e-4
 """The same, up to which nothing is left to look at."""
 CLEARLY = 0.1
 """The same where nothing needs to be estimated exactly to see it."""
+WEAK = "signs of it, too weak to be sure"
 ONE_OF_GROUP = "it or a version of it is present; which one cannot be told"
 LEVEL = 0.95
 """Coverage of intervals."""
@@ -294,6 +295,9 @@ def _tested(
     if test is None or not test.own.decidable:
         return Finding(None, None, None, None, None, "too few matrices for a test")
     present, reason = _verdict(test.own, coefficient, len(solution.coefficients))
+    if present and not np.any(solution.coefficients[[atom, *group]]):
+        # The solver does without it and its versions: what the filter sees, others explain as well.
+        present, reason = None, WEAK
     weight, interval = _drift_free(test.own, 1.0, signed=solver.signed)
     return Finding(
         weight=weight,
@@ -337,7 +341,7 @@ def _verdict(test: Presence, coefficient: float, atoms: int) -> tuple[bool | Non
     if test.p_value <= ERROR_RATE / atoms:
         return True, "all of its directions are there, in proportion"
     if test.p_value <= SUGGESTIVE:
-        return None, "signs of it, too weak to be sure"
+        return None, WEAK
     detectable = _detectable(test, atoms)
     if detectable > max(SMALLEST, abs(coefficient)):
         return None, f"a weight below {detectable:.2g} could not be seen here"

@@ -109,7 +109,7 @@ class TestExactWeights:
     ) -> None:
         truth = np.array(planted)
         inside, scores, plain = [], [], []
-        for seed in range(20):
+        for seed in range(40):
             corners = merges(seed, share, truth, made=WAYS[way])
             start, error = least_squares(corners)
             plain.append((start - truth) / error)
@@ -119,9 +119,10 @@ class TestExactWeights:
             inside.append((bounds[:, 0] <= truth) & (truth <= bounds[:, 1]))
             scores.append((fit.weights - truth) / half)
             assert half.max() < 0.003
-        # Three standard deviations of 20 merges: the errors of two weights of one merge go together.
-        assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / 20)
-        # A half is two standard deviations or more, so the mean of 20 is within 0.45 of it.
+        # Three standard deviations of 40 merges: the errors of two weights of one merge go together.
+        assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / 40)
+        # A half is two standard deviations or more: the mean of 40 has one of 0.08, and a bias of 0.3 shifts coverage
+        # by 2 in 100.
         assert np.abs(np.mean(scores, axis=0)).max() < 0.45
         if share < 0.01:
             assert np.abs(np.mean(plain, axis=0)).max() > 3.0

@@ -27,8 +27,13 @@ from unmerge.statistics import FloatArray
 
 SMALLEST_MISSING = 0.02
 """A weight that a stranger is believed to have."""
-TIES = 0.003
-"""Standard deviation of what decides about sums half way between two stored values, in spacings."""
+MANY_TIES, FEW_TIES = 0.02, 0.003
+"""Standard deviation of what decides about sums half way between two stored values, in spacings: enough to outweigh
+what weights may be wrong by where there are many such sums, and next to nothing where there are few."""
+HALF_WAY = 0.005
+"""How near to half way sums of round weights are found, in spacings, with weights that are only nearly right."""
+BY_CHANCE = 0.03
+"""Share of sums so near to half way from which there are many; by chance it is a third of that."""
 Grid = Callable[[FloatArray], FloatArray]
 """Rounds values to a storage type."""
 
@@ -101,23 +106,45 @@ def exact_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> 
     way : str
         How the merge was made: a key of `WAYS`.
     """
-    generator = np.random.default_rng(0)
     near, far = ([corner.half(number) for corner in corners] for number in (0, 1))
     fit = censored_fit([_cells(corner, corner.target, way) for corner in near], start)
-    # Round weights make many sums lie half way between two stored values. There, chance decides in a real merge;
-    # weights a little beside the true ones would decide all alike.
-    dithers = [TIES * corner.spacing * generator.standard_normal(corner.target.shape) for corner in far]
-    again = [
-        _cells(corner, WAYS[way](corner, fit.weights, dither), way) for corner, dither in zip(far, dithers, strict=True)
-    ]
+    ties = MANY_TIES if _has_ties(far, fit.weights, way) else FEW_TIES
+    generator = np.random.default_rng(0)
+    again = [_again(corner, fit.weights, ties, generator, way) for corner in far]
     return fit.unbiased(censored_fit(again, fit.weights), fit.weights)
 
 
-def _cells(corner: Corner, change: FloatArray, way: str) -> Cells:
-    changes = corner.atoms if way == AT_ONCE else corner.stored_atoms
+def _has_ties(corners: Sequence[Corner], weights: FloatArray, way: str) -> bool:
+    """Tell whether far more sums than by chance lie half way between two stored values: weights are round."""
+    close = count = 0
+    for corner in corners:
+        made = corner.base + np.tensordot(weights, _changes(corner, way), 1)
+        low, high = _bounds(corner, corner.target_grid(made))
+        close += int(np.count_nonzero(np.minimum(made - low, high - made) < HALF_WAY * corner.spacing))
+        count += made.size
+    return close > BY_CHANCE * count
+
+
+def _again(corner: Corner, weights: FloatArray, ties: float, generator: np.random.Generator, way: str) -> Cells:
+    # Where sums lie half way, chance decides in a real merge; weights a little beside the true ones would decide all
+    # alike.
+    dither = ties * corner.spacing * generator.standard_normal(corner.target.shape)
+    return _cells(corner, WAYS[way](corner, weights, dither), way)
+
+
+def _changes(corner: Corner, way: str) -> FloatArray:
+    return corner.atoms if way == AT_ONCE else corner.stored_atoms
+
+
+def _bounds(corner: Corner, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
     if corner.target_cell is None:
         raise ValueError("the target's cells are not known")
-    low, high = corner.target_cell(corner.base + change)
+    return corner.target_cell(weights)
+
+
+def _cells(corner: Corner, change: FloatArray, way: str) -> Cells:
+    changes = _changes(corner, way)
+    low, high = _bounds(corner, corner.base + change)
     return Cells(
         changes.reshape(len(changes), -1),
         (low - corner.base).ravel(),
