@@ -17,7 +17,7 @@ from unmerge.experiment.tasks import TASKS, Example
 from unmerge.experiment.world import part_seed
 
 ABOUT = """\
-12 merges of two atoms and a stranger at weights of 0.2 to 0.5, three of each method, taken apart as they are and
+Four merges of two atoms and a stranger at weights of 0.2 to 0.5, one of each method, taken apart as they are and
 after every edit of the merged model: Gaussian noise of 0.1 to 5 % of a tensor's root mean square, pruning of 10 to
 50 % of the smallest weights, rounding to other types and back, and 10 or 100 steps of further training on another
 task at learning rates of 1e-5 and, `fast`, 1e-4. Intervals are compared with the weights before the edit. No limit
