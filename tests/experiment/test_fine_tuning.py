@@ -76,6 +76,17 @@ def test_training_lowers_the_loss_and_gives_the_same_bytes_twice(tiny_world, tmp
     assert first.read_bytes() == again.read_bytes()
 
 
+def test_a_snapshot_is_an_earlier_checkpoint_of_the_same_run(tiny_world, tmp_path):
+    train, tests = draw_examples(TASKS["imdb_sentiment"], 0, 8, 4)
+    training = replace(TRAINING, epochs=2)
+    early, last, alone = (tmp_path / name for name in ("early", "last", "alone"))
+    fine_tune(tiny_world.base, train, tests, last, training=training, seed=1, snapshots={1: early})
+    fine_tune(tiny_world.base, train, tests, alone, training=training, seed=1)
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (early, last, alone)]
+    assert weights[1] == weights[2] != weights[0]
+    assert relative_norm(early, tiny_world.base) < relative_norm(last, tiny_world.base)
+
+
 def test_a_chat_base_is_trained_by_the_same_code(tiny_world, tokenizer, tmp_path):
     base = tmp_path / "base"
     transformers.AutoModelForCausalLM.from_pretrained(tiny_world.base).save_pretrained(base)
