@@ -299,6 +299,9 @@ def _tested(
         # The solver does without it and its versions: what the filter sees, others explain as well.
         present, reason = None, WEAK
     weight, interval = _drift_free(test.own, 1.0, signed=solver.signed)
+    if present is False:
+        # What is shared with others leaves a little in the filter; the test has found that it is no weight.
+        interval = (min(interval[0], 0.0), max(interval[1], 0.0))
     return Finding(
         weight=weight,
         interval=interval,
