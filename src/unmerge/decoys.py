@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from unmerge.checkpoint.dtypes import DTYPES, FloatArray
-from unmerge.checkpoint.tensor import ArrayTensor
 from unmerge.dictionary import Atom
-from unmerge.directions import directions
+from unmerge.directions import computed_low_rank, directions
 from unmerge.errors import DictionaryError
 from unmerge.task_vector import LowRank, TaskVector
 
@@ -61,7 +58,7 @@ def _decoy(atom: Atom, number: int, generator: np.random.Generator) -> Atom:
     name = f"{PREFIX}{number}"
     leading = atom.directions or directions(atom.vector)
     deltas = {
-        tensor: _flipped(tensor, delta, generator)
+        tensor: _flipped(delta, generator)
         for tensor, delta in sorted(leading.deltas.items())
         if isinstance(delta, LowRank)
     }
@@ -70,21 +67,11 @@ def _decoy(atom: Atom, number: int, generator: np.random.Generator) -> Atom:
     return Atom(vector, source, "adapter")
 
 
-def _flipped(name: str, delta: LowRank, generator: np.random.Generator) -> LowRank:
+def _flipped(delta: LowRank, generator: np.random.Generator) -> LowRank:
     """Return a low-rank change with a random sign before each of its singular values."""
     left, right = delta.left(0, delta.shape[0]) * delta.scale, delta.right()
     before, before_factor = np.linalg.qr(left)
     after, after_factor = np.linalg.qr(right.T)
     u, singular, w = np.linalg.svd(before_factor @ after_factor.T)
     signs = generator.choice([-1.0, 1.0], size=len(singular))
-    return LowRank(
-        _in_memory(f"{name}.left", before @ (u * (singular * signs))),
-        _in_memory(f"{name}.right", w @ after.T),
-        False,
-        1.0,
-    )
-
-
-def _in_memory(name: str, values: FloatArray) -> ArrayTensor:
-    contiguous = np.ascontiguousarray(values)
-    return ArrayTensor(name, DTYPES["F64"], contiguous.shape, Path(name), contiguous)
+    return computed_low_rank(before @ (u * (singular * signs)), w @ after.T, "F64")

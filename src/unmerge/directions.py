@@ -80,7 +80,7 @@ def _tensor_directions(vector: TaskVector, name: str, rank: int) -> LowRank | No
     except ValueError as error:
         raise TargetError(f"{vector.name}: tensor {name!r}: {error}") from error
     # In the type of the stored ones, so that an atom from a dictionary and one given alone count the same.
-    return None if found is None else _low_rank(found.left(0, found.shape[0]), found.right(), "F32")
+    return None if found is None else computed_low_rank(found.left(0, found.shape[0]), found.right(), "F32")
 
 
 def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank | None:
@@ -123,7 +123,7 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
         return None
     signs = _signs(right[:kept])
     left = columns @ inner[:, :kept] * (singular[:kept] * signs)
-    return _low_rank(left, right[:kept] * signs[:, np.newaxis], "F64")
+    return computed_low_rank(left, right[:kept] * signs[:, np.newaxis], "F64")
 
 
 def _row_sketch(delta: Delta, rank: int, generator: np.random.Generator) -> FloatArray | None:
@@ -173,7 +173,8 @@ def _signs(right: FloatArray) -> FloatArray:
     return np.where(right[np.arange(len(right)), largest] < 0.0, -1.0, 1.0)
 
 
-def _low_rank(left: FloatArray, right: FloatArray, dtype: str) -> LowRank:
+def computed_low_rank(left: FloatArray, right: FloatArray, dtype: str) -> LowRank:
+    """Return ``left @ right``, shapes (m, k) and (k, n), as a low-rank change held in memory in a storage type."""
     return LowRank(_in_memory("left", left, dtype), _in_memory("right", right, dtype), transposed=False, scale=1.0)
 
 
