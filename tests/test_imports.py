@@ -30,11 +30,13 @@ ROOMS = [
     {"cores"},
     {"corners"},
     {"base_share"},
+    {"merging"},
     {"findings"},
     {"result"},
     {"verdict"},
     {"summary"},
     {"attribution"},
+    {"recipe"},
     {"report"},
     {"__init__"},
     {"testing", "experiment"},
@@ -48,7 +50,8 @@ ONLY = {
     "metrics": {"statistics"},
     "statistics": set(),
     "result": set(),
-    "report": {"result", "report", "dictionary", "accumulate", "evidence"},
+    "report": {"result", "report", "dictionary", "accumulate", "evidence", "recipe"},
+    "merging": {"merging", "errors"},
     "testing": {"checkpoint", "statistics"},
 }
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
