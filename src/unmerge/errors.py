@@ -29,5 +29,9 @@ class TargetError(UnmergeError):
     """The target cannot be attributed: it equals the base, or holds values that are not finite."""
 
 
+class RecipeError(UnmergeError):
+    """A merge recipe cannot be read, or says something that no merge can be made of."""
+
+
 class MissingExtraError(UnmergeError):
     """An optional dependency is needed and not installed."""
