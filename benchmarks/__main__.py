@@ -1,22 +1,31 @@
 """Benchmarks: ``python -m benchmarks [NAME ...]``, by default all quick ones. Each prints ratios to a limit.
 
-What follows ``evidence`` are its own arguments: ``python -m benchmarks evidence --help``.
+What follows ``evidence`` are its own arguments: ``python -m benchmarks evidence --help``; ``seed_search`` alone takes
+``--full``.
 """
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import memory, merges, presence, resume, start_up
+from benchmarks import memory, merges, presence, resume, seed_search, start_up
 from benchmarks.evidence import command as evidence
 
-QUICK = {"memory": memory.run, "merges": merges.run, "presence": presence.run, "start_up": start_up.run}
+QUICK = {
+    "memory": memory.run,
+    "merges": merges.run,
+    "presence": presence.run,
+    "seed_search": seed_search.run,
+    "start_up": start_up.run,
+}
 BENCHMARKS = {**QUICK, "resume": resume.run, "evidence": evidence.run}
 
 
 def main(names: list[str]) -> int:
     if names[:1] == ["evidence"]:
         return 0 if evidence.run(names[1:]) else 1
+    if names == ["seed_search", "--full"]:
+        return 0 if seed_search.run(full=True) else 1
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.stderr.write(f"error: unknown benchmark {unknown[0]!r}; expected one of {', '.join(BENCHMARKS)}\n")
