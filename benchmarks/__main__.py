@@ -1,7 +1,7 @@
 """Benchmarks: ``python -m benchmarks [NAME ...]``, by default all quick ones. Each prints ratios to a limit.
 
-What follows ``evidence`` are its own arguments: ``python -m benchmarks evidence --help``; ``seed_search`` alone takes
-``--full``.
+What follows ``evidence`` or ``recipes`` are its own arguments: ``python -m benchmarks evidence --help``;
+``seed_search`` alone takes ``--full``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 
 from benchmarks import memory, merges, presence, resume, seed_search, start_up
 from benchmarks.evidence import command as evidence
+from benchmarks.recipes import command as recipes
 
 QUICK = {
     "memory": memory.run,
@@ -18,12 +19,13 @@ QUICK = {
     "seed_search": seed_search.run,
     "start_up": start_up.run,
 }
-BENCHMARKS = {**QUICK, "resume": resume.run, "evidence": evidence.run}
+WITH_ARGUMENTS = {"evidence": evidence.run, "recipes": recipes.run}
+BENCHMARKS = {**QUICK, "resume": resume.run, **WITH_ARGUMENTS}
 
 
 def main(names: list[str]) -> int:
-    if names[:1] == ["evidence"]:
-        return 0 if evidence.run(names[1:]) else 1
+    if names and names[0] in WITH_ARGUMENTS:
+        return 0 if WITH_ARGUMENTS[names[0]](names[1:]) else 1
     if names == ["seed_search", "--full"]:
         return 0 if seed_search.run(full=True) else 1
     unknown = [name for name in names if name not in BENCHMARKS]

@@ -1,4 +1,4 @@
-"""Writes the pages that are generated from the code: ``cli.md`` and ``attribution.schema.json``."""
+"""Writes the pages that are generated from the code: ``cli.md`` and the schemas of the JSON documents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel
 
 from unmerge.cli import app
+from unmerge.recipe.proof import Recovery
+from unmerge.recipe.verification import Verification
 from unmerge.result import Attribution
 
+DOCUMENTS: dict[str, type[BaseModel]] = {
+    "attribution": Attribution,
+    "recovery": Recovery,
+    "verification": Verification,
+}
+"""What ``--json`` prints, by command."""
 _INTRODUCTION = """# Command line
 
 This page is generated from the help texts (`make docs`). Exit codes: 0 done; 1 a verification that failed; 2 bad usage
@@ -29,14 +38,15 @@ def help_texts(command: Any, path: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     output = parser.parse_args().output
     sections = [_INTRODUCTION, *help_texts(typer.main.get_command(app), "unmerge")]
     (output / "cli.md").write_text("\n".join(sections), encoding="utf-8")
-    schema = Attribution.model_json_schema(by_alias=True, mode="serialization")
-    (output / "attribution.schema.json").write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
+    for name, document in DOCUMENTS.items():
+        schema = document.model_json_schema(by_alias=True, mode="serialization")
+        (output / f"{name}.schema.json").write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Pastes the tables of a finished experiment into ``paper.md``: ``python docs/paper_tables.py DIR``.
 
-DIR is the folder of ``unmerge experiment run --preset micro``, after ``unmerge experiment tables``.
+DIR is the folder of ``unmerge experiment run --preset micro``, after ``unmerge experiment invert`` and ``unmerge
+experiment tables``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from unmerge.base_share import without_base
 from unmerge.checkpoint.dtypes import DTYPES, RawArray
 from unmerge.checkpoint.tensor import ArrayTensor
 from unmerge.compress import materialise
-from unmerge.corners import corners, read_corner
+from unmerge.corners import blocks, corners, read_corner
 from unmerge.dictionary import Dictionary, open_atom, open_base
 from unmerge.regression import Regression, regress
 from unmerge.task_vector import TaskVector
@@ -100,6 +100,29 @@ def test_every_part_is_cut_from_the_dense_matrices(shelf: Shelf, dtype: str) -> 
         assert corner.target_cell is not None
         low, high = corner.target_cell(corner.base + corner.target)
         np.testing.assert_array_equal(corner.target_grid(low + 0.6 * (high - low)), corner.base + corner.target)
+
+
+def test_blocks_hold_all_kept_lines_and_the_atoms_as_stored(shelf: Shelf) -> None:
+    base = open_base(shelf.base)
+    regression, target = met(shelf, shelf.merge("other", "BF16", add=0.6, json=0.3), "add", "full")
+    names = [atom.name for atom in regression.atoms]
+    found = blocks(regression, target, base, [names.index("add"), names.index("full")])
+    full = open_atom(shelf.path("full"), base).vector
+    for block, (name, contact) in zip(found, regression.contacts.items(), strict=True):
+        lines = np.ix_(contact.rows, contact.columns)
+        weights = shelf.model[name]
+        added = quantise(weights + shelf.changes["add"].get(name, np.zeros(weights.shape)), "BF16") - weights
+        np.testing.assert_array_equal(block.changes, [added[lines], materialise(full, name)[lines]])
+        merged = (weights + materialise(target, name))[lines]
+        low, high = DTYPES["BF16"].cell(merged)
+        np.testing.assert_allclose([block.low, block.high], [low - weights[lines], high - weights[lines]], atol=1e-12)
+        np.testing.assert_array_equal(block.spacing, DTYPES["BF16"].spacing(weights[lines]))
+        assert (block.coarser >= block.spacing).all()
+
+
+def test_an_adapter_has_no_blocks(shelf: Shelf) -> None:
+    regression, target = met(shelf, shelf.path("json"), "add", "json")
+    assert blocks(regression, target, open_base(shelf.base), [0, 1]) == []
 
 
 def test_an_adapter_adds_without_rounding(shelf: Shelf) -> None:

@@ -17,7 +17,7 @@ from unmerge.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GENERATED = {"cli.md", "attribution.schema.json"}
+GENERATED = {"cli.md", "attribution.schema.json", "recovery.schema.json", "verification.schema.json"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

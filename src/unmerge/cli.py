@@ -132,6 +132,87 @@ def attribute(
         print_result(result, Console(), layers=layers)
 
 
+@app.command()
+def recipe(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The merged model: a path or org/name@revision.")],
+    atoms: Atoms,
+    base: Base,
+    output: Annotated[Path, typer.Option("--output", help="Where to write the recipe, as mergekit's YAML.")],
+    seeds: Annotated[
+        str,
+        typer.Option(
+            "--seeds",
+            help="How many seeds of random masks to test: a number, 0 for none, or 'all' (4294967296, some minutes).",
+        ),
+    ] = "1048576",
+    state: Annotated[
+        Path | None,
+        typer.Option("--seed-state", help="A file that keeps how far the search for seeds is, to go on from."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Recover the recipe that TARGET was merged by, and prove it by making the merge again.
+
+    Exit code 0 if the recipe makes the target's values, 1 if it does not.
+    """
+    from unmerge.recipe.recovery import Search, recover, seed_count
+    from unmerge.report.progress import step_bars
+    from unmerge.report.recovery import print_recovery
+
+    search = Search(seed_count(seeds), state)
+    with step_bars(Console(stderr=True), enabled=not quiet) as start:
+        result = recover(target, atoms, base=base, search=search, start=start)
+    result.write(output)
+    if json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        print_recovery(result, Console())
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The merged model: a path or org/name@revision.")],
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            help="The recipe: YAML, or a model card or folder with one. By default the one beside the weights.",
+        ),
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            metavar="ATOM",
+            help="Another known fine-tune, to name if it stands in a member's place; may be repeated.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="mergekit's --random-seed, for merges with random masks.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether a published mergekit recipe makes TARGET, and if not, which claim is wrong.
+
+    Exit code 0: it does; 1: it does not; 2: it cannot be told, or bad input.
+    """
+    from unmerge.recipe.verify import verify as verify_recipe
+    from unmerge.report.progress import step_bars
+    from unmerge.report.verification import print_verification
+
+    with step_bars(Console(stderr=True), enabled=not quiet) as start:
+        result = verify_recipe(target, recipe_file, seed=seed, candidates=candidate or (), start=start)
+    if json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        print_verification(result, Console())
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
 @dictionary_app.command("build")
 def dictionary_build(
     folder: Folder,

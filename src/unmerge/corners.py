@@ -11,6 +11,7 @@ from unmerge.accumulate import CORNERS, Contact
 from unmerge.checkpoint.dtypes import DType, FloatArray
 from unmerge.checkpoint.tensor import Tensor, matrix_shape, values
 from unmerge.dictionary import Base
+from unmerge.evidence.lattice import Block
 from unmerge.evidence.rounding import Corner
 from unmerge.regression import Regression
 from unmerge.task_vector import Delta, Difference, LowRank, Residual, TaskVector
@@ -33,9 +34,49 @@ def corners(regression: Regression, target: TaskVector, base: Base, atoms: Seque
     dict
         At most `CORNERS`, spread over the model; each stands for its neighbours too.
     """
+    chosen = _spread(regression)
+    standing_for = len(regression.contacts) / max(1, len(chosen))
+    return {name: _corner(regression, target, base, atoms, name, standing_for) for name in chosen}
+
+
+def blocks(regression: Regression, target: TaskVector, base: Base, atoms: Sequence[int]) -> list[Block]:
+    """Return all that was kept of the same tensors, with the atoms as checkpoints that were stored.
+
+    Tensors that the target does not store as they are seen have none: adapters, and what the base was taken out of.
+
+    Parameters
+    ----------
+    regression : Regression
+        With contacts.
+    target : TaskVector
+        What the contacts are of, for its storage type.
+    atoms : sequence of int
+        Places of the P atoms in the regression.
+    """
+    kept = {name: _storage(target, name) for name in _spread(regression)}
+    return [
+        _block(regression, base, atoms, name, stored)
+        for name, stored in kept.items()
+        if stored is not None and isinstance(target.deltas[name], Difference)
+    ]
+
+
+def _spread(regression: Regression) -> list[str]:
     names = list(regression.contacts)
-    chosen = [names[place] for place in np.unique(np.linspace(0, len(names) - 1, CORNERS).astype(int))] if names else []
-    return {name: _corner(regression, target, base, atoms, name, len(names) / len(chosen)) for name in chosen}
+    return [names[place] for place in np.unique(np.linspace(0, len(names) - 1, CORNERS).astype(int))] if names else []
+
+
+def _block(regression: Regression, base: Base, atoms: Sequence[int], name: str, stored: DType) -> Block:
+    contact, tensor = regression.contacts[name], base.checkpoint.tensors[name]
+    weights = read_corner(tensor, contact.rows, contact.columns)
+    changes = []
+    for atom in atoms:
+        delta = regression.atoms[atom].vector.deltas.get(name)
+        change = _lines(delta, contact.rows, contact.columns)
+        changes.append(tensor.dtype.nearest(weights + change) - weights if isinstance(delta, LowRank) else change)
+    low, high = stored.cell(weights + contact.corner)
+    spacing = tensor.dtype.spacing(weights)
+    return Block(np.array(changes), low - weights, high - weights, spacing, np.maximum(spacing, high - low))
 
 
 def _corner(

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.cores import cores, remainders
-from unmerge.corners import corners
+from unmerge.corners import blocks, corners
 from unmerge.dictionary import Base
+from unmerge.evidence.beside import beside_stranger
 from unmerge.evidence.identifiability import alike_groups
 from unmerge.evidence.intervals import jackknife_intervals
+from unmerge.evidence.lattice import Block
 from unmerge.evidence.presence import Core, Presence, presence
 from unmerge.evidence.profile import Shape, describe_profile
 from unmerge.evidence.rounding import (
@@ -22,6 +24,7 @@ from unmerge.evidence.rounding import (
     Corner,
     exact_weights,
     left_over,
+    pinned_weights,
     rounding_shares,
     simulated_least_squares,
 )
@@ -48,6 +51,8 @@ NEGLIGIBLE = 1e-4
 """The same, up to which nothing is left to look at."""
 CLEARLY = 0.1
 """The same where nothing needs to be estimated exactly to see it."""
+APART = 0.1
+"""Difference between two estimates of a weight from which the finer one is not believed."""
 WEAK = "signs of it, too weak to be sure"
 ONE_OF_GROUP = "it or a version of it is present; which one cannot be told"
 LEVEL = 0.95
@@ -170,6 +175,8 @@ def examine(regression: Regression, solution: Solution, solver: Solver, target: 
     seen = corners(regression, target, base, kept)
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
     estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
+    if estimate.rough and len(certain) == len(kept):
+        estimate = _beside(regression, estimate, blocks(regression, target, base, kept), seen, signed=solver.signed)
     unknown = _unknown(regression, kept, estimate, seen)
     for atom in kept:
         if findings[atom].present:
@@ -376,7 +383,7 @@ def _corrected(test: Presence, remaining: FloatArray, *, signed: bool) -> tuple[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Estimate:
-    """Weights of the kept atoms, in their order, and what they leave."""
+    """Weights of the kept atoms, in their order, and what they leave; rough if a stranger may have shifted them."""
 
     weights: FloatArray
     intervals: tuple[tuple[float, float] | None, ...]
@@ -384,6 +391,7 @@ class _Estimate:
     floor: float
     way: str | None
     places: Mapping[int, int]
+    rough: bool = False
 
 
 def _estimate(
@@ -422,7 +430,26 @@ def _estimate(
         intervals = tuple(found[place][1] if place in found else None for place in range(len(kept)))
         share = own.residual_energy(weights) / total.energy
         floor, way = _floor(regression, looked_at, weights, share)
-    return _Estimate(weights, intervals, share, floor, way, places)
+    return _Estimate(weights, intervals, share, floor, way, places, rough=True)
+
+
+def _beside(
+    regression: Regression,
+    estimate: _Estimate,
+    kept: Sequence[Block],
+    seen: Mapping[str, Corner],
+    *,
+    signed: bool,
+) -> _Estimate:
+    """Improve rough weights if what is beside the atoms is one stored fine-tune of low rank."""
+    found = beside_stranger(kept, estimate.weights)
+    if found is None or np.abs(found.weights - estimate.weights).max() > APART:
+        return estimate
+    total, chosen = regression.total, np.asarray(list(estimate.places), dtype=np.intp)
+    share = total.select(chosen).residual_energy(found.weights) / total.energy
+    floor, way = _floor(regression, list(seen.values()), found.weights, share)
+    bounds = found.intervals(LEVEL, signed=signed)
+    return _Estimate(found.weights, tuple(_pair(row) for row in bounds), share, floor, way, estimate.places)
 
 
 def _exact(
@@ -442,16 +469,19 @@ def _exact(
     if all(corner.target_cell is not None for corner in seen):
         fits = {way: exact_weights(seen, fitted, way=way) for way in WAYS if way != IN_STORAGE}
         way = max(fits, key=lambda way: fits[way].likelihood)
-        weights, bounds = fits[way].weights, fits[way].intervals(LEVEL, signed=solver.signed)
+        sharp = pinned_weights(seen, fits[way].weights, way=way)
+        best, rough = sharp or fits[way], sharp is None
+        weights, bounds = best.weights, best.intervals(LEVEL, signed=solver.signed)
     else:
-        weights = fitted
+        weights, rough = fitted, False
         parts = [tensor.statistics.select(chosen) for tensor in regression.tensors if tensor.touched]
         bounds = jackknife_intervals(parts, solver, LEVEL)
     share = own.residual_energy(weights) / energy
     floor, way = _floor(regression, seen, weights, share)
     if share - floor > MATERIAL:
         return None
-    return _Estimate(weights, tuple(_pair(row) for row in bounds), share, floor, way, places)
+    # Where rounding leaves much, a small stranger hides below it.
+    return _Estimate(weights, tuple(_pair(row) for row in bounds), share, floor, way, places, rough)
 
 
 def _strangers(seen: Sequence[Corner], weights: FloatArray) -> list[float]:

@@ -7,9 +7,9 @@ more than 0.9 and less than 0.1; changes below half a step vanish, and all coeff
 
 Weights near simple fractions lock to them even if changes are many steps large, for the same reason.
 
-Two answers: the weights by maximum likelihood, which takes a stored element for the cell that it is (`censored`), and
-the share of a change that rounding alone leaves unexplained, found by making the merge of the present atoms once
-more and rounding it.
+Two answers: the weights by maximum likelihood, which takes a stored element for the cell that it is (`censored`; and
+`pinned`, where the merge was computed precisely before it was stored), and the share of a change that rounding alone
+leaves unexplained, found by making the merge of the present atoms once more and rounding it.
 
 All of it is done on corners: some rows and columns of each tensor.
 """
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmerge.evidence.censored import Cells, CensoredFit, censored_fit
+from unmerge.evidence.pinned import Pinned, pinned
 from unmerge.statistics import FloatArray
 
 SMALLEST_MISSING = 0.02
@@ -112,6 +113,21 @@ def exact_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> 
     generator = np.random.default_rng(0)
     again = [_again(corner, fit.weights, ties, generator, way) for corner in far]
     return fit.unbiased(censored_fit(again, fit.weights), fit.weights)
+
+
+def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> Pinned | None:
+    """Find the weights of the same merge if it was computed precisely and rounded once; None if it was not.
+
+    Parameters
+    ----------
+    corners : sequence of Corner
+        At least one; their cells must be known.
+    start : array, shape (P,)
+        By `exact_weights`.
+    way : str
+        How the merge was made: a key of `WAYS`.
+    """
+    return pinned([_cells(corner, corner.target, way) for corner in corners], start)
 
 
 def _has_ties(corners: Sequence[Corner], weights: FloatArray, way: str) -> bool:

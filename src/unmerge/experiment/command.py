@@ -1,4 +1,4 @@
-"""The commands ``unmerge experiment run`` and ``unmerge experiment tables``."""
+"""The commands ``unmerge experiment run``, ``unmerge experiment invert`` and ``unmerge experiment tables``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ def run_command(
     console.print(f"results are in {path}", soft_wrap=True)
 
 
+@app.command("invert")
+def invert_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")],
+    groups: Annotated[str, typer.Option("--groups", help="Which merges: known, mixed, unknown.")] = "known",
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Worlds, by number; all of them by default.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Recover the recipes of a run's merges, and replay them. A call that was cut short goes on where it stopped."""
+    from unmerge.experiment.inversion import invert, preset_of
+
+    chosen = _groups(groups)
+    worlds = None if seeds is None else _numbers(seeds)
+    console = Console(stderr=True, quiet=quiet)
+    with _progress(console) as start:
+        path = invert(preset_of(folder), folder, groups=chosen, seeds=worlds, start=start)
+    console.print(f"inversions are in {path}", soft_wrap=True)
+
+
 @app.command("tables")
 def tables_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")],
@@ -51,6 +69,16 @@ def tables_command(
 
     written = write_tables(folder, folder / "tables") + write_figures(folder, folder / "tables")
     Console(stderr=True).print(f"{len(written)} files are in {folder / 'tables'}", soft_wrap=True)
+
+
+def _groups(text: str) -> tuple[str, ...]:
+    from unmerge.experiment.readings import GROUPS
+
+    found = tuple(text.split(","))
+    unknown = [name for name in found if name not in GROUPS]
+    if unknown:
+        raise UnmergeError(f"no group of merges is named {unknown[0]!r}: the groups are {', '.join(GROUPS)}")
+    return found
 
 
 def _numbers(text: str) -> tuple[int, ...]:

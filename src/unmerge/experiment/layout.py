@@ -13,6 +13,7 @@ from unmerge.experiment.paper import Group
 from unmerge.experiment.presets import Preset
 
 RESULTS = "results.parquet"
+INVERSIONS = "inversions.parquet"
 TRAINING = "training.json"
 TIMINGS = "timings.json"
 BASELINE = "baseline.json"

@@ -1,7 +1,7 @@
 """The paper's Tables 1 to 6 beside ours, and the tables it lacks.
 
 Every number is a mean over merges (a merge is one target of one seed) after one setting per merge and algorithm
-was chosen.
+was chosen. Where merges were inverted, Tables 3 to 5 have lines for that, which need no setting.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from unmerge.experiment.aggregation import (
     summarise,
 )
 from unmerge.experiment.claims import Claim, claims
+from unmerge.experiment.layout import INVERSIONS
 from unmerge.experiment.paper import facts
 from unmerge.experiment.readings import (
     ALGORITHMS,
@@ -37,6 +38,7 @@ from unmerge.experiment.readings import (
     read_results,
     read_training,
 )
+from unmerge.experiment.results import Inversion, read_inversions
 from unmerge.experiment.sheets import Sheet, to_csv, to_latex, to_markdown
 
 MEASURE_NAMES = {
@@ -49,6 +51,8 @@ MEASURE_NAMES = {
     "unexplained": "Unexplained share",
     "rounding_floor": "Rounding floor",
 }
+INVERTED = "UNMERGE, inverted"
+"""The label of inversions, where algorithms stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ def write_tables(results: Path, output: Path) -> list[Path]:
     Parameters
     ----------
     results : path
-        Folder with ``results.parquet`` and ``training.json``, or the Parquet file beside ``training.json``.
+        Folder with ``results.parquet`` and ``training.json``, or the Parquet file beside ``training.json``. Lines of
+        ``inversions.parquet`` are added if it lies beside them.
     output : path
         Folder to write to: three files per table, and ``tables.md`` with all of them.
 
@@ -82,7 +87,8 @@ def write_tables(results: Path, output: Path) -> list[Path]:
         pyarrow is not installed.
     """
     runs = read_results(results)
-    sheets = make_sheets(runs, read_training(results), facts())
+    inversions = read_inversions((results if results.is_dir() else results.parent) / INVERSIONS)
+    sheets = make_sheets(runs, read_training(results), facts(), inversions)
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for sheet in sheets:
@@ -118,7 +124,12 @@ class Book:
         return summarise(self.choices[way], quantity)
 
 
-def make_sheets(runs: Sequence[Run], training: Sequence[Mapping[str, Any]], paper: Mapping[str, Any]) -> list[Sheet]:
+def make_sheets(
+    runs: Sequence[Run],
+    training: Sequence[Mapping[str, Any]],
+    paper: Mapping[str, Any],
+    inversions: Sequence[Inversion] = (),
+) -> list[Sheet]:
     """Make all tables.
 
     Parameters
@@ -129,10 +140,15 @@ def make_sheets(runs: Sequence[Run], training: Sequence[Mapping[str, Any]], pape
         One per seed and task: ``seed``, ``task``, ``loss_before``, ``loss_after``, ``relative_norm``.
     paper : mapping
         What `unmerge.experiment.paper.facts` returns.
+    inversions : sequence of Inversion
+        Without them there are no lines and no table of inversions.
     """
     book = Book(runs, paper)
     compared = [_compare(book, name, title, labels, lines) for name, title, labels, lines in _plans()]
-    return [*compared, _orderings(book), _settings(book), _training(training, paper), _failures(runs)]
+    others = [_orderings(book), _settings(book), _training(training, paper), _failures(runs)]
+    if not inversions:
+        return [*compared, *others]
+    return [*(_with_inversions(sheet, inversions) for sheet in compared), _inversions(inversions), *others]
 
 
 def _plans() -> list[tuple[str, str, tuple[str, ...], list[Line]]]:
@@ -290,6 +306,116 @@ def _record(
         "merges": summary.merges,
         "merges_failed": summary.lost,
         "runs_failed": summary.failed,
+    }
+
+
+def _with_inversions(sheet: Sheet, inversions: Sequence[Inversion]) -> Sheet:
+    """Return Tables 3 to 5 with lines of inversions under those of the algorithms, and other tables as they are."""
+    lines = [line for line in _inverted_lines(sheet.name) if _of(inversions, line.quantities[0])]
+    if not lines:
+        return sheet
+    body, records = list(sheet.body), list(sheet.records)
+    labels = sheet.head[: sheet.labels]
+    for line in lines:
+        summaries = [_summary(inversions, quantity) for quantity in line.quantities]
+        # The inverted model is compared over all parameters, and there is no setting to choose.
+        cells = ["–" if way.coordinates == "top_k" else _cell(line.quantities, summaries) for way in WAYS]
+        body.append((*line.labels, "–", *cells))
+        records += [
+            _record(labels, line, way, quantity, summary, None)
+            for way in WAYS
+            if way.coordinates == "all"
+            for quantity, summary in zip(line.quantities, summaries, strict=True)
+        ]
+    return replace(sheet, body=body, records=records, notes=[*sheet.notes, _inverted_note(inversions, lines)])
+
+
+def _inverted_lines(name: str) -> list[Line]:
+    """Return the lines of inversions for a table: none, if it is not the paper's Table 3, 4 or 5."""
+    measures = {"table-3-error-by-method": ("error",), "table-5-precision-recall": ("precision", "recall")}
+    if name in measures:
+        return [
+            Line((INVERTED, label), tuple(Quantity(measure, "inverted", "known", method) for measure in measures[name]))
+            for method, label in METHODS.items()
+        ]
+    if name == "table-4-error-by-category":
+        return [Line((INVERTED, label), (Quantity("error", "inverted", group),)) for group, label in GROUPS.items()]
+    return []
+
+
+def _of(inversions: Sequence[Inversion], quantity: Quantity) -> list[Inversion]:
+    return [one for one in inversions if quantity.group in (None, one.group) and quantity.method in (None, one.method)]
+
+
+def _summary(inversions: Sequence[Inversion], quantity: Quantity) -> Summary:
+    cases = _of(inversions, quantity)
+    failed = sum(one.failure is not None for one in cases)
+    values = [value for one in cases if (value := getattr(one, quantity.measure)) is not None]
+    mean, std = mean_and_std(values) if values else (None, None)
+    return Summary(mean, std, len(values), failed, failed)
+
+
+def _inverted_note(inversions: Sequence[Inversion], lines: Sequence[Line]) -> str:
+    inside = {(one.seed, one.target): one for line in lines for one in _of(inversions, line.quantities[0])}
+    seeds = ", ".join(str(seed) for seed in sorted({seed for seed, _ in inside}))
+    failed = sum(one.failure is not None for one in inside.values())
+    return (
+        f"{INVERTED}: the model that the recovered recipe makes, over all parameters; {len(inside)} merges of seed "
+        f"{seeds}, {failed} failed."
+    )
+
+
+_INVERSION_COLUMNS = {
+    "precision": ("Precision", 2),
+    "recall": ("Recall", 2),
+    "weight_error": ("Largest weight error", 4),
+    "equal_share": ("Equal elements", 5),
+    "error": ("Reconstruction error", 5),
+    "decoy_error": ("Decoys leave", 2),
+    "seconds": ("Seconds", 0),
+}
+"""Measures of inversions in their own table: heading, and decimals."""
+
+
+def _inversions(inversions: Sequence[Inversion]) -> Sheet:
+    body, records = [], []
+    for group, group_label in GROUPS.items():
+        for method, label in METHODS.items():
+            own = _of(inversions, Quantity("error", "inverted", group, method))
+            if own:
+                body.append((group_label, label, *_inversion_cells(own)))
+        records += [_inversion_record(one) for one in inversions if one.group == group]
+    head = (
+        "Category",
+        "Merging",
+        "Merges",
+        "Status",
+        "Method right",
+        *(name for name, _ in _INVERSION_COLUMNS.values()),
+    )
+    explained = (
+        "Means over merges; the largest weight error is the largest of all. Decoys leave: share of the energy that "
+        "decoded masks leave if the members are exchanged for others of their size, on sharp elements."
+    )
+    notes = [explained, _inverted_note(inversions, [Line((), (Quantity("error", "inverted"),))])]
+    return Sheet("inversions", "Recipes recovered (not in the paper)", head, body, 2, notes, records)
+
+
+def _inversion_cells(own: Sequence[Inversion]) -> list[str]:
+    statuses = Counter(one.status or "failed" for one in own)
+    said = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    right = sum(one.method_right is True for one in own)
+    cells = [str(len(own)), said, f"{right} of {len(own)}"]
+    for measure, (_, decimals) in _INVERSION_COLUMNS.items():
+        values = [value for one in own if (value := getattr(one, measure)) is not None]
+        shown = max if measure == "weight_error" else lambda found: mean_and_std(found)[0]
+        cells.append(f"{shown(values):.{decimals}f}" if values else "–")
+    return cells
+
+
+def _inversion_record(one: Inversion) -> dict[str, object]:
+    return {name: value for name, value in asdict(one).items() if name != "recipe"} | {
+        "members": ", ".join(one.members)
     }
 
 

@@ -180,6 +180,11 @@ def _entry(expert: Expert, named: Mapping[str, str]) -> dict[str, Any]:
     return entry | {key: value for key, value in more.items() if value is not None}
 
 
+def has_experts(checkpoint: Checkpoint) -> bool:
+    """Tell whether a model is a mixture of experts."""
+    return any(_EXPERT.search(name) or ".mlp.experts." in name for name in checkpoint.tensors)
+
+
 def find_experts(target: Checkpoint, models: Mapping[str, Checkpoint]) -> MixtureOfExperts:
     """Find the dense models that a mixture of experts was made of.
 

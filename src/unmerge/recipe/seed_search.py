@@ -143,7 +143,7 @@ def search(
     seen = _checked(indices, thresholds, kept, tolerated)
     if first < 0 or count < 1 or first + count > SEEDS:
         raise RecipeError(f"{count} seeds from {first}: expected at least one, within 0 to 2**32 - 1")
-    chance = count * float(_at_most(seen.contradicted, [seen.allowed] * (len(seen.kept) + 1))[-1])
+    chance = _by_chance(seen, count)
     if chance > MOST_BY_CHANCE:
         raise RecipeError(
             f"{len(seen.kept)} observations of which {seen.allowed} may be wrong: {chance:.3g} of {count} seeds would"
@@ -160,6 +160,21 @@ def search(
             _save(state, {**key, "tested": tested, "seeds": seeds})
         report(tested, count)
     return SearchResult(tuple(seeds), tested, chance)
+
+
+def by_chance(thresholds: NDArray[np.uint32], kept: NDArray[np.bool_], count: int, tolerated: float) -> float:
+    """Return how many of `count` wrong seeds would agree with such observations; see `search`.
+
+    Raises
+    ------
+    RecipeError
+        If an observation is impossible.
+    """
+    return _by_chance(_checked(np.arange(len(kept)), thresholds, kept, tolerated), count)
+
+
+def _by_chance(seen: _Observations, count: int) -> float:
+    return count * float(_at_most(seen.contradicted, [seen.allowed] * (len(seen.kept) + 1))[-1])
 
 
 def _checked(

@@ -30,3 +30,23 @@ def progress_bar(console: Console, *, enabled: bool) -> Iterator[Callable[[Plan]
             return lambda count: progress.advance(task, count)
 
         yield start
+
+
+@contextmanager
+def step_bars(console: Console, *, enabled: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Show a bar for each stage of work that names itself; on a terminal only.
+
+    Yields
+    ------
+    callable
+        Told what is done and in how many steps, it returns what is called with the number of steps that were finished.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    shown = enabled and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+
+        def start(what: str, steps: int) -> Callable[[int], None]:
+            task = progress.add_task(what, total=steps)
+            return lambda count: progress.advance(task, count)
+
+        yield start

@@ -1,0 +1,213 @@
+"""Weights of a merge whose arithmetic left next to no trace: they are pinned by the elements that nearly rounded on.
+
+mergekit's ``linear`` multiplies and adds in single precision and rounds once, to 16 bits. What it stored is then a
+wall: the weighted sum of the stored fine-tunes lay inside of the element's cell. Half a million such walls leave a set
+of weights that is a millionth wide, and that stays so beside simple fractions, where a likelihood with a tenth of a
+step of noise (`censored`) smooths the steps away and is biased by more than its width.
+
+The likelihood of an element is that of its cell under Gaussian noise, plus a small constant, since a few elements
+err (tensors that were computed in another order, sums on a tie). The noise is lowered step by step from that of
+`censored`, the weights following, and the largest noise is taken beyond which lowering it gains nothing. Few walls
+touch the set, so its shape is not that of a Gaussian: draws from the likelihood (Metropolis's, with a fixed seed) give
+the weights and their intervals. Reference: Haario, Saksman and Tamminen, An adaptive Metropolis algorithm, 2001.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unmerge.evidence.censored import ARITHMETIC, Cells
+from unmerge.statistics import FloatArray
+
+HALVINGS = 13
+"""The smallest noise is that of `censored` halved so often: 1e-5 of a step of a 16-bit grid, what single precision is
+good for."""
+EXACT = 0.01
+"""Noise up to which arithmetic counts as exact, in spacings."""
+STRAY = 1e-6
+"""Probability of an element that noise does not account for."""
+STRAYS = 1e-3
+"""Share of such elements from which the walls are not believed."""
+SAME = 0.5
+"""Natural logarithm of a likelihood that is no gain."""
+STEPS = 30
+"""Steps of a search at most."""
+PRECISE, NO_GAIN = 1e-10, 1e-3
+"""Steps and gains that end it."""
+BLURRED = 3
+"""Halvings fewer, at which more walls are met."""
+PROVISIONAL, DRAWS = 1000, 4000
+"""Draws for each of the two estimates of the set's shape, and of the set."""
+REACH = 12.0
+"""Standard deviations that draws may stray."""
+WIDEST = 1e-3
+"""Standard deviation of a weight that no wall limits."""
+_DEEP = 8.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pinned:
+    """Draws of the weights that the stored elements allow.
+
+    Attributes
+    ----------
+    draws : array, shape (D, P)
+        In the order in which they were drawn.
+    noise : float
+        Of the arithmetic, in spacings.
+    """
+
+    draws: FloatArray
+    noise: float
+
+    @property
+    def weights(self) -> FloatArray:
+        """Medians, shape (P,)."""
+        return np.asarray(np.median(self.draws, axis=0))
+
+    def intervals(self, level: float, *, signed: bool) -> FloatArray:
+        """Return intervals between quantiles, shape (P, 2)."""
+        outside = 0.5 * (1.0 - level)
+        bounds = np.quantile(self.draws, [outside, 1.0 - outside], axis=0).T
+        return np.asarray(bounds if signed else np.maximum(bounds, 0.0))
+
+
+def pinned(tensors: Sequence[Cells], start: FloatArray) -> Pinned | None:
+    """Return the weights that the elements allow; None if arithmetic was not precise enough for that.
+
+    Parameters
+    ----------
+    tensors : sequence of Cells
+        At least one.
+    start : array, shape (P,)
+        Weights by `censored_fit`, or by least squares.
+    """
+    walls = _Walls.of(tensors)
+    found = []
+    weights = start.astype(np.float64)
+    for halving in range(HALVINGS + 1):
+        weights, point = _climb(walls, weights, ARITHMETIC * 0.5**halving)
+        found.append((ARITHMETIC * 0.5**halving, weights, point))
+    best = max(point.likelihood for _, _, point in found)
+    place = next(place for place, (_, _, point) in enumerate(found) if point.likelihood >= best - SAME)
+    noise, weights, _ = found[place]
+    if noise > EXACT or walls.outside(weights, noise) > STRAYS * len(walls.low):
+        return None
+    # So few walls may be met at the smallest noise that they do not limit every direction.
+    _, _, blurred = found[max(0, place - BLURRED)]
+    return Pinned(_draws(walls, weights, blurred.curvature, noise), noise)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Point:
+    """The likelihood at some weights."""
+
+    likelihood: float
+    gradient: FloatArray
+    curvature: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Walls:
+    """All elements, in spacings: changes (P, n) and the bounds of their sums (n,)."""
+
+    changes: FloatArray
+    low: FloatArray
+    high: FloatArray
+
+    @classmethod
+    def of(cls, tensors: Sequence[Cells]) -> _Walls:
+        return cls(
+            np.concatenate([cells.changes / cells.spacing for cells in tensors], axis=1),
+            np.concatenate([cells.low / cells.spacing for cells in tensors]),
+            np.concatenate([cells.high / cells.spacing for cells in tensors]),
+        )
+
+    def depth(self, weights: FloatArray) -> FloatArray:
+        """Return how far inside of its cell each sum is; negative outside."""
+        sums = weights @ self.changes
+        return np.asarray(np.minimum(sums - self.low, self.high - sums))
+
+    def outside(self, weights: FloatArray, noise: float) -> int:
+        """Count the elements that noise does not account for."""
+        return int(np.count_nonzero(self.depth(weights) < -_DEEP * noise))
+
+    def near(self, weights: FloatArray, reach: FloatArray | float) -> _Walls:
+        """Return the elements whose walls are not deeper than `reach`, in spacings."""
+        chosen = np.flatnonzero(self.depth(weights) < reach)
+        return _Walls(self.changes[:, chosen], self.low[chosen], self.high[chosen])
+
+    def likelihood(self, weights: FloatArray, noise: float) -> float:
+        """Return its natural logarithm."""
+        from scipy.special import ndtr
+
+        sums = weights @ self.changes
+        inside = ndtr((self.high - sums) / noise) - ndtr((self.low - sums) / noise)
+        return float(np.log(inside + STRAY).sum())
+
+    def point(self, weights: FloatArray, noise: float) -> _Point:
+        """Return the likelihood and its derivatives."""
+        from scipy.special import ndtr
+
+        # Elements that are deep inside of their cells add nothing.
+        walls = self.near(weights, _DEEP * noise)
+        sums = weights @ walls.changes
+        low, high = (walls.low - sums) / noise, (walls.high - sums) / noise
+        probability = ndtr(high) - ndtr(low) + STRAY
+        at_low, at_high = (np.exp(-0.5 * at**2) / np.sqrt(2.0 * np.pi) for at in (low, high))
+        score = (at_low - at_high) / (noise * probability)
+        curvature = score**2 + (high * at_high - low * at_low) / (noise**2 * probability)
+        weighted = walls.changes * np.maximum(curvature, 0.0)
+        return _Point(float(np.log(probability).sum()), walls.changes @ score, weighted @ walls.changes.T)
+
+
+def _climb(walls: _Walls, weights: FloatArray, noise: float) -> tuple[FloatArray, _Point]:
+    """Search for the likeliest weights by Newton's method, halving steps that lead down."""
+    here = walls.point(weights, noise)
+    for _ in range(STEPS):
+        step = np.linalg.lstsq(here.curvature, here.gradient, rcond=1e-12)[0]
+        there = walls.point(weights + step, noise)
+        while there.likelihood < here.likelihood and np.abs(step).max() > PRECISE:
+            step = 0.5 * step
+            there = walls.point(weights + step, noise)
+        gain = there.likelihood - here.likelihood
+        if gain > 0.0:
+            weights, here = weights + step, there
+        if gain < NO_GAIN:
+            break
+    return weights, here
+
+
+def _draws(walls: _Walls, weights: FloatArray, curvature: FloatArray, noise: float) -> FloatArray:
+    """Draw from the likelihood; the steps' covariance is that of earlier draws."""
+    generator = np.random.default_rng(0)
+    covariance = np.asarray(np.linalg.inv(curvature + np.eye(len(weights)) / WIDEST**2), dtype=np.float64)
+    for count in (PROVISIONAL, PROVISIONAL):
+        draws = _metropolis(walls, weights, covariance, noise, count, generator)
+        # A set of draws that never moved says nothing of the shape.
+        seen = np.cov(draws[count // 3 :].T).reshape(covariance.shape)
+        covariance = np.asarray(seen + 1e-3 * covariance, dtype=np.float64)
+        weights = draws[-1]
+    return _metropolis(walls, weights, covariance, noise, DRAWS, generator)
+
+
+def _metropolis(
+    walls: _Walls, weights: FloatArray, covariance: FloatArray, noise: float, count: int, generator: np.random.Generator
+) -> FloatArray:
+    root = np.linalg.cholesky(covariance)
+    spread = np.sqrt(np.einsum("in,ij,jn->n", walls.changes, covariance, walls.changes))
+    near = walls.near(weights, REACH * spread + _DEEP * noise)
+    steps = (2.4 / np.sqrt(len(weights))) * generator.standard_normal((count, len(weights))) @ root.T
+    levels = np.log(generator.random(count))
+    draws = np.empty((count, len(weights)))
+    here = near.likelihood(weights, noise)
+    for number in range(count):
+        proposed = weights + steps[number]
+        there = near.likelihood(proposed, noise)
+        if levels[number] < there - here:
+            weights, here = proposed, there
+        draws[number] = weights
+    return draws

@@ -1,0 +1,240 @@
+"""From sharp elements to recipes that make the target: families with few free choices first.
+
+A family that leaves much free (random masks) explains anything a little, so it is asked last, when what decides for
+itself did not make the target's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.recipe.candidates import (
+    Members,
+    arc_candidates,
+    dense_candidates,
+    masked_candidates,
+    parameterless_candidates,
+    reordered,
+    trimmed_candidates,
+    with_lambdas,
+)
+from unmerge.recipe.depth import FLOORS, Part, PartFit, Parts, fit_parts
+from unmerge.recipe.document import Recipe
+from unmerge.recipe.masks import MASKINGS, MAX_MODELS, Decoding, Masking, decode, kept_shares
+from unmerge.recipe.sample import Sample
+from unmerge.recipe.structures import STRUCTURES, Parameters, Structure, fit, fit_dense, refine
+from unmerge.recipe.trial import FAIR, OLDER, Trial, Tried, polish
+
+Types = Sequence[tuple[str | None, str | None]]
+"""Pairs of working and storage types that recipes may name, by torch's names."""
+CERTAIN = 0.99
+"""A recipe that makes this share of the values ends the search for another family."""
+NEARLY = 0.8
+"""Below it, a recipe is not only written in another way."""
+PROMISING = 0.7
+"""Below it, polishing is not worth while."""
+REWRITTEN, POLISHED = 8, 3
+"""How many recipes of a family are written in other ways, and how many are polished."""
+LOOK = 12000
+"""Elements by which families are compared; the one that is chosen is fitted to all."""
+PARTS_LOOKED_AT = 6
+"""Tensors by which families are compared where parameters may change from one to the next."""
+COUNTED = 40000
+"""Elements in which it is counted how many were kept."""
+ROLLED = 101
+"""By how many elements decoys are moved."""
+EXACT = 0.003
+"""A decoding that leaves this share of the energy holds for the whole model."""
+TRIMMED = 0.1
+"""A structure that leaves more than this share of the energy explains nothing."""
+DECODED = 0.02
+"""A decoding that leaves more than this share of the energy explains nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masked:
+    """A family with random masks that explains the target.
+
+    Attributes
+    ----------
+    masking : Masking
+    parts : Parts
+        Weights with the rescaling taken out, densities, and epsilons (as gammas).
+    recipes : tuple of Recipe
+        Written from it.
+    """
+
+    masking: Masking
+    parts: Parts
+    recipes: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Identified:
+    """What a target may have been made by.
+
+    Attributes
+    ----------
+    tried : tuple of Tried
+        Recipes without random masks, the best first.
+    masked : Masked or None
+        Set where none of them makes the target, and random masks explain it.
+    """
+
+    tried: tuple[Tried, ...]
+    masked: Masked | None = None
+
+
+def identify(sample: Sample, trial: Trial, members: Members, types: Types, depth: int) -> Identified:
+    """Find recipes.
+
+    Parameters
+    ----------
+    sample : Sample
+        Sharp elements; its models are the members', in their order.
+    trial : Trial
+        Tensors to try recipes on.
+    members : Members
+    types : sequence of (dtype, out_dtype)
+        Pairs of working and storage types that recipes may name.
+    depth : int
+        How many layers the model has.
+    """
+
+    def attempt(recipes: Iterable[Recipe]) -> list[Tried]:
+        return _attempt(trial, recipes, types)
+
+    tried = attempt(chain(parameterless_candidates(sample, members), arc_candidates(sample, members)))
+    for parts in fit_parts(sample, _dense_part, depth):
+        tried = _merged(tried, attempt(dense_candidates(parts, members)))
+        if tried[0].share < CERTAIN:
+            tried = _merged(tried, _by_older_version(trial, dense_candidates(parts, members), types))
+        if tried[0].share >= CERTAIN:
+            return Identified(tuple(tried))
+    start = fit_dense(sample).parameters.weights
+    for structure in _likely(sample, start):
+        for parts in fit_parts(sample, _trimmed_part(structure, start), depth):
+            tried = _merged(tried, attempt(trimmed_candidates(parts, structure, members)))
+            if tried[0].share >= CERTAIN:
+                return Identified(tuple(tried))
+    return Identified(tuple(tried), _masked(sample, start, members, depth))
+
+
+def _by_older_version(trial: Trial, recipes: Iterable[Recipe], types: Types) -> list[Tried]:
+    """Try linear merges as mergekit made them before 0.1.5, with weights that do not quite sum to 1."""
+    return _attempt(replace(trial, convention=OLDER), (one for one in recipes if one.merge_method == "linear"), types)
+
+
+def _merged(one: list[Tried], other: list[Tried]) -> list[Tried]:
+    return sorted([*one, *other], key=lambda tried: -tried.share)
+
+
+def _attempt(trial: Trial, recipes: Iterable[Recipe], types: Types) -> list[Tried]:
+    typed = [replace(recipe, dtype=dtype, out_dtype=out) for recipe in recipes for dtype, out in types]
+    tried = trial.best(typed)
+    if not tried:
+        return []
+    head = [_rewritten(trial, one) if one.share >= NEARLY else one for one in tried[:REWRITTEN]]
+    head.sort(key=lambda one: -one.share)
+    if head[0].share < FAIR:
+        head = [polish(trial, one) if one.share >= PROMISING else one for one in head[:POLISHED]] + head[POLISHED:]
+    return sorted([*head, *tried[REWRITTEN:]], key=lambda one: -one.share)
+
+
+def _rewritten(trial: Trial, tried: Tried) -> Tried:
+    """Look for the same weights written otherwise: as products with a lambda, or in another order."""
+    if tried.share < FAIR:
+        tried = max([tried, *trial.best(with_lambdas(tried.recipe))], key=lambda one: one.share)
+    if tried.share < 1.0:
+        tried = max([tried, *trial.best(reordered(tried.recipe))], key=lambda one: one.share)
+    return tried
+
+
+def _dense_part(part: Sample) -> tuple[Parameters, float]:
+    found = fit_dense(part)
+    return found.parameters, found.error
+
+
+def _likely(sample: Sample, start: FloatArray) -> list[Structure]:
+    """Return the two structures that explain a look at the sample best, if they do."""
+    few = _look(sample)
+    errors = {structure: sum(fit(one, structure, start).error * one.energy for one in few) for structure in STRUCTURES}
+    # Equal errors go to the structure with fewer parameters.
+    ordered = sorted(STRUCTURES, key=lambda structure: errors[structure] * (1.1 if structure.drops_outliers else 1.0))
+    energy = sum(one.energy for one in few)
+    return [structure for structure in ordered[:2] if errors[structure] < TRIMMED * energy]
+
+
+def _look(sample: Sample) -> list[Sample]:
+    """Return the elements of some tensors, each on its own."""
+    numbers = np.unique(np.linspace(0, len(sample.names) - 1, PARTS_LOOKED_AT).astype(int))
+    samples = [sample.of([int(number)]) for number in numbers]
+    return [one.thinned(LOOK // PARTS_LOOKED_AT) for one in samples if one.energy > 0.0]
+
+
+def _trimmed_part(structure: Structure, start: FloatArray) -> PartFit:
+    def fit_part(part: Sample) -> tuple[Parameters, float]:
+        found = fit(part.thinned(LOOK), structure, start)
+        found = refine(part, found, shrunk=20.0)
+        return found.parameters, found.error
+
+    return fit_part
+
+
+def _masked(sample: Sample, start: FloatArray, members: Members, depth: int) -> Masked | None:
+    if len(start) > MAX_MODELS:
+        return None
+    few = _look(sample)[::2]
+    errors = {masking: sum(decode(one, start, masking).error * one.energy for one in few) for masking in MASKINGS}
+    # A linear decode can imitate an election, not the other way round.
+    chosen = min(MASKINGS, key=lambda masking: errors[masking] * (2.0 if not masking.consensus else 1.0))
+    if errors[chosen] > DECODED * sum(one.energy for one in few):
+        return None
+    fit_part = _masked_part(chosen, start)
+    parameters, error = fit_part(sample)
+    parts = Parts("whole", {Part(): parameters}, error, depth)
+    if error > EXACT + FLOORS * sample.floor:
+        parts = next(fit_parts(sample, fit_part, depth))
+    return Masked(chosen, parts, tuple(masked_candidates(parts, chosen, members)))
+
+
+def _masked_part(masking: Masking, start: FloatArray) -> PartFit:
+    def fit_part(part: Sample) -> tuple[Parameters, float]:
+        found = decode(part.thinned(LOOK), start, masking)
+        densities, slopes = kept_shares(part.thinned(COUNTED), found)
+        return parameters_of(replace(found, densities=densities, slopes=slopes), part), found.error
+
+    return fit_part
+
+
+def parameters_of(decoding: Decoding, sample: Sample) -> Parameters:
+    """Take the rescaling out of a decoding's weights; half a slope is DELLA's epsilon.
+
+    A method rescales by what masks keep of the sum of magnitudes, which is more than of the elements where large ones
+    are kept more often.
+    """
+    # Chances beyond 0 and 1 are none.
+    widest = np.minimum(decoding.densities, 1.0 - decoding.densities) - 1e-3
+    epsilons = np.clip(0.5 * decoding.slopes, 0.0, np.maximum(widest, 0.0))
+    heavy = sample.heavy_ranks[:, np.unique(sample.tensor)].mean(axis=1)
+    shares = decoding.densities + 2.0 * epsilons * (heavy - 0.5)
+    if not decoding.masking.normalize:
+        return Parameters(decoding.weights * shares, decoding.densities, epsilons)
+    scale = float(np.mean(decoding.rescale * shares))
+    return Parameters(decoding.weights, decoding.densities, epsilons, scale)
+
+
+def decoy_error(sample: Sample, masked: Masked) -> float:
+    """Return what the same decode leaves if the fine-tunes' changes are exchanged for ones of the same size.
+
+    Each change keeps its elements, at other places of the same tensor: masks over such decoys explain nothing.
+    """
+    few = sample.thinned(LOOK)
+    order = np.concatenate([np.roll(np.flatnonzero(few.tensor == number), ROLLED) for number in np.unique(few.tensor)])
+    decoys = replace(few, deltas=few.deltas[:, order])
+    return decode(decoys, fit_dense(decoys).parameters.weights, masked.masking).error

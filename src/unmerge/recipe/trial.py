@@ -1,0 +1,239 @@
+"""Recipes tried on some tensors: how many stored values each makes to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+
+import numpy as np
+
+from unmerge.checkpoint.tensor import Tensor
+from unmerge.errors import RecipeError
+from unmerge.merging.arithmetic import Arithmetic, Array
+from unmerge.merging.method import Draws, MergeMethod
+from unmerge.merging.registry import MERGEKIT, MERGEKIT_TO_0_1_4
+from unmerge.recipe.document import Conditional, ModelReference, Recipe, Setting, storage_type
+from unmerge.recipe.making import Inputs, make, promoted
+from unmerge.recipe.plan import InputTensor, PlannedTensor, plan
+from unmerge.recipe.replay import compare
+from unmerge.recipe.sources import Model, load
+
+FAIR = 0.9995
+"""A recipe that makes this share of the values needs no polishing."""
+NUMBER_STEPS = (0.05, 0.01, 0.005)
+"""By how much the numbers of a recipe are moved, to see if more bits come out equal."""
+SMALL = 0.05
+"""Numbers below it are moved by shares of themselves."""
+NOTHING = 1e-5
+"""A share of values that is not counted as lost."""
+SCREENING, SEMIFINAL = 2, 10
+"""Many recipes are tried on so many tensors first; so many of them go on to all."""
+POLISHED = {"weight", "density", "gamma", "epsilon", "lambda", "t", "select_topk"}
+"""The parameters whose numbers are."""
+
+
+CURRENT, OLDER = "mergekit 0.1.5", "mergekit up to 0.1.4"
+CONVENTIONS: dict[str, Mapping[str, MergeMethod]] = {CURRENT: MERGEKIT, OLDER: MERGEKIT_TO_0_1_4}
+"""Merge methods by version."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Tried:
+    """A recipe and what came of it.
+
+    Attributes
+    ----------
+    share : float
+        Of the values that a model changes, how many are equal to the target's, to the bit, or at a trim threshold
+        and one of what a sort may make of them.
+    decided : float
+        The share of values that are not at a threshold.
+    recipe : Recipe
+    convention : str
+        A key of `CONVENTIONS`.
+    """
+
+    share: float
+    decided: float
+    recipe: Recipe = field(compare=False)
+    convention: str = field(default=CURRENT, compare=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """Whole tensors of a target, to try recipes on.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The tensors.
+    models : mapping of ModelReference to Model
+        All that a recipe may name.
+    target : mapping of str to Tensor
+        The target's, in memory.
+    threads : int
+        torch's, in the merge.
+    convention : str
+        A key of `CONVENTIONS`.
+    """
+
+    names: tuple[str, ...]
+    models: Mapping[ModelReference, Model]
+    target: Mapping[str, Tensor]
+    threads: int = 1
+    convention: str = CURRENT
+    _loaded: dict[tuple[ModelReference, str, str], Array] = field(default_factory=dict)
+
+    def of(self, names: Sequence[str]) -> Trial:
+        """Return a trial on some of the tensors; what was loaded is shared."""
+        return replace(self, names=tuple(names))
+
+    def attempt(self, recipe: Recipe, draws: Callable[[int], Draws] | None = None) -> Tried:
+        """Make the tensors by a recipe and count the values that are equal to the last bit.
+
+        Parameters
+        ----------
+        recipe : Recipe
+        draws : callable, optional
+            Returns the stream of random numbers after so many draws, for recipes that draw masks.
+        """
+        method = CONVENTIONS[self.convention][recipe.merge_method]
+        matches = []
+        for planned, drawn in self.planned(recipe):
+            inputs = self.inputs(planned, recipe)
+            made, kind = make(method, inputs, recipe.out_dtype, draws(drawn) if draws else None)
+            matches.append(compare(method.name, inputs, made, kind, self.target[planned.name]))
+        active = max(1, sum(match.active for match in matches))
+        unequal = sum(match.unequal for match in matches)
+        free = sum(match.free for match in matches)
+        return Tried(1.0 - unequal / active, 1.0 - min(1.0, free / active), recipe, self.convention)
+
+    def planned(self, recipe: Recipe) -> Iterator[tuple[PlannedTensor, int]]:
+        """Yield the tensors of the trial as the recipe plans them, and how many draws come before each."""
+        method = CONVENTIONS[self.convention][recipe.merge_method]
+        names = {reference: self.models[reference].tensors for reference in recipe.references}
+        wanted, drawn = set(self.names), 0
+        for planned in plan(recipe, method, names).tensors:
+            if planned.name in wanted:
+                yield planned, drawn
+            drawn += self._draws(planned) if method.draws else 0
+
+    def _draws(self, planned: PlannedTensor) -> int:
+        first = planned.models[0]
+        size = int(np.prod(self.models[first.model].tensors[first.stored].shape))
+        return size * sum(float(density or 0.0) < 1.0 for density in planned.of_models["density"])
+
+    def inputs(self, planned: PlannedTensor, recipe: Recipe) -> Inputs:
+        """Return what a tensor is made of."""
+        stored = [self.models[item.model].tensors[item.stored] for item in planned.inputs]
+        arithmetic = Arithmetic(storage_type(recipe.dtype) or promoted(stored), self.threads)
+        return Inputs(planned, arithmetic, {item.model: self._load(item, arithmetic) for item in planned.inputs})
+
+    def _load(self, tensor: InputTensor, arithmetic: Arithmetic) -> Array:
+        key = (tensor.model, tensor.stored, arithmetic.name)
+        if key not in self._loaded:
+            self._loaded[key] = load(self.models[tensor.model].tensors[tensor.stored], arithmetic)
+        return self._loaded[key]
+
+    def best(self, recipes: Iterable[Recipe]) -> list[Tried]:
+        """Try recipes, the best first; those that are written alike are tried once."""
+        different = list({repr(recipe): recipe for recipe in recipes}.values())
+        if len(different) > SEMIFINAL:
+            few = self.of(self.names[:SCREENING])
+            screened = sorted((few.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
+            different = [tried.recipe for tried in screened[:SEMIFINAL]]
+        return sorted((self.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
+
+
+def polish(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = None) -> Tried:
+    """Move the numbers of a recipe, one at a time, as long as more values come out equal."""
+    for step in NUMBER_STEPS:
+        improved = True
+        while improved and tried.share < FAIR:
+            before = tried
+            for moved in _neighbours(tried.recipe, step):
+                candidate = _attempt_moved(trial, moved, draws)
+                if candidate is not None and candidate.share > tried.share + 1e-6:
+                    tried = candidate
+                    break
+            improved = tried is not before
+    return tried
+
+
+def _attempt_moved(trial: Trial, recipe: Recipe, draws: Callable[[int], Draws] | None) -> Tried | None:
+    """Try a recipe with a moved number; None where the number is not possible, such as a density above 1."""
+    try:
+        return trial.attempt(recipe, draws)
+    except RecipeError:
+        return None
+
+
+def _neighbours(recipe: Recipe, step: float) -> Iterator[Recipe]:
+    for number in range(-1, len(recipe.models)):
+        settings = recipe.parameters if number < 0 else recipe.models[number].parameters
+        for name, value in settings.items():
+            for moved in _moved(name, value, step):
+                yield _with_setting(recipe, number, name, moved)
+
+
+def _moved(name: str, value: Setting, step: float) -> Iterator[Setting]:
+    if name not in POLISHED:
+        return
+    if isinstance(value, tuple):
+        for number, item in enumerate(value):
+            inner = item.value if isinstance(item, Conditional) else item
+            for moved in _moved(name, inner, step):
+                new = Conditional(moved, item.filter) if isinstance(item, Conditional) else moved  # type: ignore[arg-type]
+                yield (*value[:number], new, *value[number + 1 :])
+        return
+    if abs(float(value)) < SMALL:
+        yield from (float(f"{float(value):.{count}g}") for count in (1, 2))
+    # Small numbers, such as nearswap's t, are moved by shares of themselves.
+    size = step if abs(float(value)) >= SMALL else 2.0 * step * abs(float(value))
+    for sign in (1.0, -1.0):
+        yield round(float(value) + sign * size, 8)
+
+
+def simplify(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = None) -> Tried:
+    """Replace gradients by shorter ones, and numbers by rounder ones, as long as no fewer values come out equal."""
+    for moved in chain.from_iterable(_simpler(tried.recipe, number) for number in range(-1, len(tried.recipe.models))):
+        candidate = _attempt_moved(trial, moved(tried.recipe), draws)
+        if candidate is not None and candidate.share >= tried.share - NOTHING:
+            tried = candidate
+    return tried
+
+
+def _simpler(recipe: Recipe, number: int) -> Iterator[Callable[[Recipe], Recipe]]:
+    """Yield changes of the settings of one model, or of the whole recipe (-1), the most radical last."""
+    settings = recipe.parameters if number < 0 else recipe.models[number].parameters
+    for name, value in settings.items():
+        for simpler in _rounder(name, value):
+            yield partial(_with_setting, number=number, name=name, value=simpler)
+
+
+def _rounder(name: str, value: Setting) -> Iterator[Setting]:
+    if name not in POLISHED or isinstance(value, bool):
+        return
+    if not isinstance(value, tuple):
+        shorter = ".{}g" if abs(float(value)) < SMALL else ".{}f"
+        shorter_ones = (float(format(float(value), shorter.format(count))) for count in (2, 1))
+        yield from (number for number in shorter_ones if number != value)
+        return
+    if any(isinstance(item, Conditional) for item in value):
+        return
+    anchors = np.array([float(item) for item in value if not isinstance(item, Conditional)])
+    depths = np.linspace(0.0, 1.0, len(anchors))
+    for count in range(len(anchors), 0, -1):
+        fewer = np.interp(np.linspace(0.0, 1.0, count), depths, anchors) if count > 1 else np.array([anchors.mean()])
+        for digits in (2, 1):
+            rounded = tuple(round(float(anchor), digits) for anchor in fewer)
+            yield rounded if count > 1 else rounded[0]
+
+
+def _with_setting(recipe: Recipe, number: int, name: str, value: Setting) -> Recipe:
+    if number < 0:
+        return replace(recipe, parameters={**recipe.parameters, name: value})
+    changed = replace(recipe.models[number], parameters={**recipe.models[number].parameters, name: value})
+    return replace(recipe, models=(*recipe.models[:number], changed, *recipe.models[number + 1 :]))

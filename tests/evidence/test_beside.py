@@ -1,0 +1,97 @@
+"""Weights beside a stranger, in merges that torch made of stored fine-tunes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from unmerge.checkpoint.dtypes import DTYPES
+from unmerge.evidence.beside import beside_stranger
+from unmerge.evidence.lattice import Block
+from unmerge.statistics import FloatArray
+from unmerge.testing import quantise
+
+BF16 = DTYPES["BF16"]
+TRUTH = np.array([0.35, 0.25])
+SHAPE = (120, 100)
+
+
+def fine_tune(rng: np.random.Generator, base: FloatArray, share: float, rank: int) -> FloatArray:
+    """The change of a stored fine-tune whose root mean square is a share of the base's."""
+    change = rng.standard_normal((SHAPE[0], rank)) @ rng.standard_normal((rank, SHAPE[1])) / np.sqrt(rank)
+    return quantise(base + 0.05 * share * change, "BF16") - base
+
+
+def merges(
+    seed: int,
+    share: float,
+    *,
+    strangers: tuple[float, ...] = (0.4,),
+    rank: int = 4,
+    dtype: torch.dtype = torch.float32,
+    tensors: int = 6,
+) -> tuple[list[Block], FloatArray]:
+    """Blocks, and the weights that least squares finds, which the strangers and rounding shift."""
+    rng = np.random.default_rng(seed)
+    found, products, pulls = [], np.zeros((2, 2)), np.zeros(2)
+    for _ in range(tensors):
+        base = quantise(0.05 * rng.standard_normal(SHAPE), "BF16")
+        known = np.array([fine_tune(rng, base, share, 4) for _ in TRUTH])
+        unknown = [fine_tune(rng, base, share, rank) for _ in strangers]
+        merge = torch.zeros(SHAPE, dtype=dtype)
+        for change, weight in zip([*known, *unknown], [*TRUTH, *strangers], strict=True):
+            merge += torch.from_numpy(base + change).to(dtype) * torch.tensor(weight, dtype=dtype)
+        stored = merge.bfloat16().double().numpy()
+        low, high = BF16.cell(stored)
+        spacing = BF16.spacing(base)
+        found.append(Block(known, low - base, high - base, spacing, np.maximum(spacing, high - low)))
+        flat = known.reshape(2, -1)
+        products += flat @ flat.T
+        pulls += flat @ (stored - base).ravel()
+    return found, np.asarray(np.linalg.solve(products, pulls))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03])
+def test_weights_are_in_their_intervals_and_near_the_truth(share: float) -> None:
+    inside, errors, plain = [], [], []
+    for seed in range(4):
+        blocks, start = merges(seed, share)
+        found = beside_stranger(blocks, start)
+        assert found is not None
+        low, high = found.intervals(0.95, signed=False).T
+        inside.append((low <= TRUTH) & (high >= TRUTH))
+        errors.append(np.abs(found.weights - TRUTH))
+        plain.append(np.abs(start - TRUTH))
+    # Three standard deviations of four merges.
+    assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / 4)
+    assert np.mean(errors) < 0.2 * np.mean(plain)
+    assert np.mean(errors) < 0.002
+
+
+def test_do_not_depend_on_the_first_estimate() -> None:
+    blocks, start = merges(1, 0.01)
+    one, two = beside_stranger(blocks, start), beside_stranger(blocks, TRUTH + np.array([0.02, -0.03]))
+    assert one is not None
+    assert two is not None
+    reach = one.half_widths(0.95) + two.half_widths(0.95)
+    assert (np.abs(one.weights - two.weights) <= reach).all()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"dtype": torch.bfloat16}, {"rank": 100}, {"strangers": (0.2, 0.2)}],
+    ids=["arithmetic in few bits", "full rank", "two strangers"],
+)
+def test_merges_of_another_kind_are_refused_or_their_weights_hold(other: dict[str, object]) -> None:
+    blocks, start = merges(2, 0.01, **other)  # type: ignore[arg-type]  # one of its options
+    found = beside_stranger(blocks, start)
+    if found is not None:
+        assert (np.abs(found.weights - TRUTH) <= 3.0 * found.half_widths(0.95)).all()
+
+
+def test_nothing_is_said_of_weights_that_leave_no_room() -> None:
+    blocks, _ = merges(0, 0.01, tensors=2)
+    assert beside_stranger(blocks, np.array([0.6, 0.4])) is None
+    assert beside_stranger(blocks[:1], TRUTH) is None
+    assert beside_stranger(blocks, np.zeros(0)) is None
