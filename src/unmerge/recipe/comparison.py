@@ -184,13 +184,6 @@ def compare_all(hypothesis: Hypothesis, layout: Layout, seed: int | None, advanc
     return Compared(matches=tuple(_counted(made, advance)))
 
 
-def agrees(hypothesis: Hypothesis, layout: Layout, seed: int | None) -> bool:
-    """Tell whether a hypothesis makes every bit; stops at the first tensor that differs."""
-    draws = None if seed is None else TorchDraws(seed)
-    made = replay(hypothesis.recipe, layout.plan, hypothesis.models, layout.stored, draws, hypothesis.threads)
-    return all(match.equal == match.elements for match in made)
-
-
 def _counted(matches: Iterator[TensorMatch], advance: Advance) -> Iterator[TensorMatch]:
     for match in matches:
         advance(1)

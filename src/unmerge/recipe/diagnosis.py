@@ -1,30 +1,42 @@
 """Which claim of a recipe is wrong: the one whose change makes the recipe make the target's tensors.
 
-Claims are changed one at a time, on a few tensors: numbers, members, truth values, the method, types, the base. Only a
-change that restores the tensors is reported. If none does, all numbers are fitted together.
+Claims are changed one at a time, on a few tensors: numbers, members, truth values, types, then all numbers together, the
+method, the base. Only a change that restores the tensors is reported. With the seed of random masks the draws are known,
+so bits are compared there too; if nothing restores them, the seed is wrong, and masks are left open.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.merging.method import MergeMethod
 from unmerge.merging.registry import MERGEKIT, MERGEKIT_TO_0_1_4
 from unmerge.recipe.claims import Claim, exchanges, labels, list_claims, put_all, with_model, without
 from unmerge.recipe.document import ModelReference, storage_type, torch_type
-from unmerge.recipe.judging import SURPRISING, Judgement, explained, judge
+from unmerge.recipe.judging import KEPT, RATIO, SURPRISING, Judgement, explained, glance, judge
 from unmerge.recipe.plan import PlannedTensor
 from unmerge.recipe.probes import Hypothesis, Probes
-from unmerge.recipe.refit import Fitted, fit_number, fit_together, is_smooth, shortest
+from unmerge.recipe.refit import Fitted, fit_number, fit_numbers, fit_together, is_smooth, shortest
 from unmerge.recipe.sources import Model
 from unmerge.recipe.unseeded import Pooled
 
 FIRST_LOOK = 0.99
 """A changed claim that makes less than this share of one tensor is not tried on the others."""
+CLOSE = 0.005
+"""Round decimals so near to an estimate are likelier than others."""
+AGREE = 0.02
+"""Densities that the number kept and the size of what is kept say agree within this."""
+ALIKE = 0.02
+"""Changes that are off by factors so near to each other are off by one factor."""
+SMALL = 1e-9
+EXPLAINED = 0.9
+"""Of what a wrong number made, masks of the claimed recipe explain more than this."""
 LOOKED_AT = 3
 """Numbers that are looked at closer: those whose best values make most elements."""
 THREADS = (*range(2, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128)
@@ -76,11 +88,20 @@ class Case:
         The recipe as it stands.
     candidates : mapping of str to Model
         Other known fine-tunes, by name.
+    whole : Pooled or None
+        How all tensors look with open masks, where that is known.
     """
 
     probes: Probes
     hypothesis: Hypothesis
     candidates: Mapping[str, Model]
+    whole: Pooled | None = None
+
+    def pooled(self) -> Pooled | None:
+        """Return how the recipe as it stands looks with open masks; weights are fitted where they divide."""
+        if self.whole is not None and not self.whole.divides:
+            return self.whole
+        return explained(self.probes, self.hypothesis, fit_weights=True)
 
     @property
     def names(self) -> dict[ModelReference, str]:
@@ -98,17 +119,44 @@ def diagnose(case: Case) -> Iterator[tuple[Finding, ...]]:
         restores the whole target is for the caller to see.
     """
     before = judge(case.probes, case.hypothesis)
-    stages: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-        _machines, _numbers, _members, _truths, _types, _methods, _bases, _exchanges,
-    )  # fmt: skip
-    for stage in stages:
-        restoring = [finding for finding in stage(case) if _restores(case.probes, finding.hypothesis, before)]
+    for stage in _stages(case):
+        restoring = _restoring(case, stage, before)
         if restoring:
             yield (_with_others(restoring),)
             yield from ((other,) for other in restoring[1:])
-    together = _together(case, before)
-    if together:
-        yield together
+        together = _together(case, before) if stage is _types else ()
+        if together:
+            yield together
+    if case.hypothesis.method.draws and case.hypothesis.seed is not None:
+        yield from _without_seed(case)
+
+
+def _stages(case: Case) -> tuple[Callable[[Case], Iterator[Finding]], ...]:
+    """Return what is tried, the likeliest first."""
+    numbers, members = _numbers, _members
+    if case.hypothesis.open_masks and judge(case.probes.first(1), case.hypothesis).share < EXPLAINED:
+        # Masks and sizes explain what wrong numbers made.
+        numbers, members = _members, _numbers
+    return (_machines, numbers, _seeds, members, _truths, _types, _methods, _bases, _exchanges)
+
+
+def _restoring(case: Case, stage: Callable[[Case], Iterator[Finding]], before: Judgement) -> list[Finding]:
+    """Return the changes of a stage that restore the probes, those first that leave least unequal."""
+    found = []
+    for finding in stage(case):
+        judgement = _restored(case.probes, finding.hypothesis, before)
+        if judgement is not None:
+            found.append((judgement.unequal, finding))
+            if finding.hypothesis.open_masks and finding.claim != "member":
+                break
+    return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
+
+
+def _without_seed(case: Case) -> Iterator[tuple[Finding, ...]]:
+    """Look for what else is wrong where the seed is."""
+    seed = next(_seeds(case))
+    for findings in diagnose(replace(case, hypothesis=seed.hypothesis, whole=None)):
+        yield (*findings, replace(seed, hypothesis=findings[0].hypothesis))
 
 
 def _with_others(restoring: Sequence[Finding]) -> Finding:
@@ -118,10 +166,14 @@ def _with_others(restoring: Sequence[Finding]) -> Finding:
     return replace(first, text=f"{first.text} (as well: {'; '.join(seen)})") if seen else first
 
 
-def _restores(probes: Probes, hypothesis: Hypothesis, before: Judgement) -> bool:
-    if judge(probes.first(1), hypothesis).share < FIRST_LOOK:
-        return False
-    return judge(probes, hypothesis).restores(before)
+def _restored(probes: Probes, hypothesis: Hypothesis, before: Judgement) -> Judgement | None:
+    """Return the judgement of a hypothesis that restores the probes; None where it does not."""
+    first = probes.first(1)
+    look = glance(first, hypothesis) if hypothesis.open_masks else first.share(hypothesis)
+    if look < FIRST_LOOK:
+        return None
+    judgement = judge(probes, hypothesis)
+    return judgement if judgement.restores(before) else None
 
 
 def _machines(case: Case) -> Iterator[Finding]:
@@ -131,7 +183,7 @@ def _machines(case: Case) -> Iterator[Finding]:
     if older is not None and older is not stands.method:
         text = f"version: the merge was made by mergekit 0.1.4 or older, which computes {older.name} in another way"
         yield Finding("version", text, "", "0.1.4 or older", replace(stands, method=older))
-    if stands.method.draws or not hangs_on_threads(
+    if stands.open_masks or not hangs_on_threads(
         stands.method, [inputs.tensor for _, inputs in case.probes.inputs(stands)]
     ):
         return
@@ -149,21 +201,30 @@ def hangs_on_threads(method: MergeMethod, tensors: Iterable[PlannedTensor]) -> b
     return method.name == "sce" or any(tensor.shared.get("rescale") for tensor in tensors)
 
 
+def _seeds(case: Case) -> Iterator[Finding]:
+    """Try other masks than those of the seed."""
+    stands = case.hypothesis
+    if stands.method.draws and stands.seed is not None:
+        text = (
+            f"seed: the masks are not those that torch draws on a CPU with seed {stands.seed}; other masks of the "
+            "claimed densities make the weights"
+        )
+        yield Finding("seed", text, str(stands.seed), "another", replace(stands, seed=None))
+
+
 def _numbers(case: Case) -> Iterator[Finding]:
     """Try other numbers."""
-    claims = [claim for claim in list_claims(case.hypothesis.recipe, case.hypothesis.method) if claim.is_number]
-    if case.hypothesis.method.draws:
+    stands = case.hypothesis
+    claims = [claim for claim in list_claims(stands.recipe, stands.method) if claim.is_number]
+    if stands.open_masks:
         yield from _random_numbers(case, claims)
         return
-    fits = [(claim, fit_number(case.probes.first(2), case.hypothesis, claim)) for claim in claims]
+    fits = fit_numbers(case.probes.first(1), stands, claims)
     # Of numbers that do the same, the one whose decimal is shortest is likelier to be what was meant.
-    best = sorted(
-        ((claim, fit) for claim, fit in fits if fit is not None),
-        key=lambda pair: (-round(pair[1].share, 4), len(f"{pair[1].value:.6g}")),
-    )
+    best = sorted(fits, key=lambda pair: (-round(pair[1].share, 4), len(f"{pair[1].value:.6g}")))
     for claim, fit in best[:LOOKED_AT]:
         if not np.isclose(fit.value, float(claim.value), rtol=1e-6):
-            yield _number(case.hypothesis, claim, fit.value)
+            yield _number(stands, claim, fit.value)
 
 
 def _number(stands: Hypothesis, claim: Claim, value: float) -> Finding:
@@ -182,36 +243,39 @@ def _idle(name: str, changed: Hypothesis) -> Finding:
 
 def _random_numbers(case: Case, claims: Sequence[Claim]) -> Iterator[Finding]:
     """Try the numbers that masks and sizes of kept changes ask for."""
-    found = explained(case.probes, case.hypothesis, fit_weights=True)
+    found = case.pooled()
     if found is None:
         return
     estimates = Estimates.of(case.hypothesis, found)
     for claim in claims:
-        near = estimates.of_claim(claim)
-        if near is not None and abs(near - float(claim.value)) > 1e-3:
-            yield from _nearest_numbers(case, claim, near)
+        for near in estimates.of_claim(claim):
+            for value in _decimals(near):
+                if value != float(claim.value):
+                    yield _number(case.hypothesis, claim, value)
 
 
-def _nearest_numbers(case: Case, claim: Claim, near: float) -> Iterator[Finding]:
-    """Yield the short decimals near an estimate, those first that leave less wrong of one tensor."""
-    values = dict.fromkeys([round(near, 1), *(round(near + step / 100, 2) for step in (0, -1, 1))])
-    tried = [_number(case.hypothesis, claim, value) for value in values if value != float(claim.value)]
-    yield from sorted(tried, key=lambda finding: judge(case.probes.first(1), finding.hypothesis).wrong)[:2]
+def _decimals(near: float) -> list[float]:
+    """Return short decimals near an estimate, the likeliest first."""
+    round_ones = [value for value in (round(near, 1), round(20.0 * near) / 20.0) if abs(value - near) <= CLOSE]
+    others = sorted((round(near + step / 100.0, 2) for step in (0, -1, 1)), key=lambda value: abs(value - near))
+    return list(dict.fromkeys([*round_ones, *others]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimates:
-    """What the numbers of a recipe with random masks would have to be.
+    """What the numbers of a recipe with open masks would have to be, where they are not what it says.
 
     Attributes
     ----------
-    weights, densities : mapping of ModelReference to float
+    densities : mapping of ModelReference to tuple of float
+        As the size of kept changes says, where the number kept bears it out, and as the number kept says.
+    weights : mapping of ModelReference to tuple of float
     lambda_ : float or None
-        Where all changes are off by one factor.
+        A factor of lambda, where all changes are off by it.
     """
 
-    weights: Mapping[ModelReference, float]
-    densities: Mapping[ModelReference, float]
+    densities: Mapping[ModelReference, tuple[float, ...]]
+    weights: Mapping[ModelReference, tuple[float, ...]]
     lambda_: float | None
 
     @classmethod
@@ -221,27 +285,58 @@ class Estimates:
         references = [item.model for item in recipe.models if item.model != base]
         if recipe.slices:
             references = [source.model for source in recipe.slices[0].sources if source.model != base]
-        surprising = np.abs(found.surprise) > SURPRISING
-        kept = np.where(surprising, found.kept, found.claimed)
-        factors = found.ratios * np.where(surprising, kept / np.maximum(found.claimed, 1e-9), 1.0)
-        spread = float(np.ptp(factors)) if len(factors) else 0.0
-        common = float(np.mean(factors)) if len(factors) > 1 and spread < 0.02 else None
+        surprising = (np.abs(found.surprise) > SURPRISING) & (np.abs(found.kept - found.claimed) > KEPT)
+        by_size = _density_by_size(found)
+        agree = surprising & (np.abs(by_size - found.kept) <= np.maximum(AGREE, _error_kept(found)))
+        rescaled = found.nominal > 1.0
+        of_kept = np.where(surprising & rescaled, _size_at(found, found.kept), found.nominal)
+        factors = np.where(agree, 1.0, found.ratios * found.nominal / of_kept)
+        off = np.abs(factors - 1.0) > SURPRISING * found.ratio_errors + RATIO
         weights = _by_the_others(found) if found.divides else found.weights * factors
+        off |= found.divides & (np.abs(weights - found.stated) > RATIO)
+        common = len(factors) > 1 and bool(off.all()) and float(np.ptp(factors)) < ALIKE and not found.divides
         return cls(
-            dict(zip(references, weights.tolist(), strict=False)),
-            dict(zip(references, kept.tolist(), strict=False)),
-            common,
+            {
+                reference: (size, kept) if both else (kept,)
+                for reference, size, kept, both, is_off in _rows(references, by_size, found.kept, agree, surprising)
+                if is_off
+            },
+            {reference: (weight,) for reference, weight, is_off in _rows(references, weights, off) if is_off},
+            float(np.mean(factors)) if common else None,
         )
 
-    def of_claim(self, claim: Claim) -> float | None:
-        """Return what a claimed number would have to be; None where that is not known."""
+    def of_claim(self, claim: Claim) -> tuple[float, ...]:
+        """Return what a claimed number may have to be; empty where it is what it should be, or nothing is known."""
         name = claim.parameter.name
-        known = {"weight": self.weights, "density": self.densities}.get(name)
-        if known is not None:
-            values = list(known.values()) if claim.owner is None else [known.get(claim.owner)]
-            numbers = [value for value in values if value is not None]
-            return float(np.mean(numbers)) if numbers else None
-        return None if name != "lambda" or self.lambda_ is None else float(claim.value) * self.lambda_
+        if name == "lambda":
+            return () if self.lambda_ is None else (float(claim.value) * self.lambda_,)
+        known = {"weight": self.weights, "density": self.densities}.get(name, {})
+        if claim.owner is not None:
+            return known.get(claim.owner, ())
+        return tuple(np.mean([values[0] for values in known.values()], keepdims=True).tolist()) if known else ()
+
+
+def _rows(references: Sequence[ModelReference], *columns: NDArray[Any]) -> Iterator[tuple[Any, ...]]:
+    return zip(references, *(column.tolist() for column in columns), strict=False)
+
+
+def _density_by_size(found: Pooled) -> FloatArray:
+    """Return the densities that the size of kept changes says; NaN where nothing is rescaled.
+
+    DELLA keeps large elements more often, so the size is one over a little more than the density.
+    """
+    more = 1.0 / found.nominal - found.claimed
+    return np.where(found.nominal > 1.0, 1.0 / (found.nominal * found.ratios) - more, np.nan)
+
+
+def _size_at(found: Pooled, density: FloatArray) -> FloatArray:
+    """Return what kept changes are multiplied by at other densities."""
+    return np.asarray(1.0 / np.maximum(density + 1.0 / found.nominal - found.claimed, SMALL))
+
+
+def _error_kept(found: Pooled) -> FloatArray:
+    """Return some standard deviations of the number kept."""
+    return np.asarray(SURPRISING * np.abs(found.kept - found.claimed) / np.maximum(np.abs(found.surprise), SMALL))
 
 
 def _by_the_others(found: Pooled) -> FloatArray:
@@ -281,7 +376,7 @@ def _one_more(case: Case) -> Iterator[Finding]:
         weight = next(
             (c for c in list_claims(more, added.method) if c.owner == model and c.parameter.name == "weight"), None
         )
-        if weight is None or added.method.draws:
+        if weight is None or added.open_masks:
             yield Finding("member", text, "nothing", name, added)
             continue
         fit = fit_number(case.probes.first(1), added, weight)
@@ -359,11 +454,11 @@ def _together(case: Case, before: Judgement) -> tuple[Finding, ...]:
     stands = case.hypothesis
     every = list_claims(stands.recipe, stands.method)
     claims = [claim for claim in every if claim.is_number and not claim.default and not claim.joint]
-    values = _random_together(case, claims) if stands.method.draws else _smooth_together(case, claims)
+    values = _random_together(case, claims) if stands.open_masks else _smooth_together(case, claims)
     if not values:
         return ()
     changed = replace(stands, recipe=put_all(stands.recipe, stands.method, values))
-    if not _restores(case.probes, changed, before):
+    if _restored(case.probes, changed, before) is None:
         return ()
     by_subject = {claim.subject: claim for claim in claims}
     return tuple(
@@ -372,16 +467,13 @@ def _together(case: Case, before: Judgement) -> tuple[Finding, ...]:
 
 
 def _random_together(case: Case, claims: Sequence[Claim]) -> dict[str, float]:
-    found = explained(case.probes, case.hypothesis, fit_weights=True)
+    found = case.pooled()
     if found is None:
         return {}
     estimates = Estimates.of(case.hypothesis, found)
     near = {claim.subject: (claim, estimates.of_claim(claim)) for claim in claims if claim.owner is not None}
-    return {
-        subject: round(value, 2)
-        for subject, (claim, value) in near.items()
-        if value is not None and abs(round(value, 2) - float(claim.value)) > 1e-6
-    }
+    values = {subject: (claim, _decimals(known[0])[0]) for subject, (claim, known) in near.items() if known}
+    return {subject: value for subject, (claim, value) in values.items() if value != float(claim.value)}
 
 
 def _smooth_together(case: Case, claims: Sequence[Claim]) -> dict[str, float]:

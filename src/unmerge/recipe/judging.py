@@ -10,7 +10,7 @@ import numpy as np
 from unmerge.errors import RecipeError
 from unmerge.recipe.probes import Hypothesis, Probes
 from unmerge.recipe.replay import TensorMatch
-from unmerge.recipe.unseeded import Explanation, Pooled, explain, pooled
+from unmerge.recipe.unseeded import SAMPLE, Explanation, Pooled, explain, pooled
 
 ENOUGH = 0.999
 """The share of elements that must be as the recipe makes them."""
@@ -18,6 +18,8 @@ BETTER = 0.1
 """A changed recipe must leave less than this share of the elements unequal that the recipe as it stands leaves."""
 SURPRISING = 5.0
 """Standard deviations from which on chance is no longer taken for an excuse."""
+GLANCE = SAMPLE // 8
+"""Outcomes that a first look takes of a tensor."""
 TYPE = "the stored type"
 KEPT = 0.01
 RATIO = 0.004
@@ -65,7 +67,7 @@ _NOTHING = Judgement(1, 1, 1)
 
 def judge(probes: Probes, hypothesis: Hypothesis) -> Judgement:
     """Judge a hypothesis; one that makes nothing makes everything wrong."""
-    if hypothesis.method.draws:
+    if hypothesis.open_masks:
         found = explained(probes, hypothesis)
         return _NOTHING if found is None else of_explanation(found)
     matches = probes.matches(hypothesis)
@@ -104,13 +106,21 @@ def _unlikely(found: Pooled) -> list[str]:
     return [name for name, off in named if off.any()]
 
 
-def explained(probes: Probes, hypothesis: Hypothesis, *, fit_weights: bool = False) -> Pooled | None:
+def glance(probes: Probes, hypothesis: Hypothesis) -> float:
+    """Return the share of a few elements that masks explain; 0 where nothing can be made of the hypothesis."""
+    found = explained(probes, hypothesis, sample=GLANCE)
+    return 0.0 if found is None else of_explanation(found).share
+
+
+def explained(
+    probes: Probes, hypothesis: Hypothesis, *, fit_weights: bool = False, sample: int = SAMPLE
+) -> Pooled | None:
     """Explain probes by random masks; None where that cannot be done."""
     try:
         found = [
             explain(
                 hypothesis.method.name, inputs, hypothesis.recipe.out_dtype, stored, probes.values(stored),
-                fit_weights=fit_weights,
+                fit_weights=fit_weights, sample=sample,
             )
             for stored, inputs in probes.inputs(hypothesis)
         ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,12 +11,17 @@ import numpy as np
 from unmerge.checkpoint.tensor import Tensor
 from unmerge.errors import RecipeError
 from unmerge.merging.arithmetic import Arithmetic, Array
+from unmerge.merging.draws import TorchDraws
 from unmerge.merging.method import MergeMethod
 from unmerge.recipe.document import ModelReference, Recipe
 from unmerge.recipe.making import Inputs, load_inputs, make
-from unmerge.recipe.plan import plan
+from unmerge.recipe.outcomes import as_number
+from unmerge.recipe.plan import PlannedTensor, plan
 from unmerge.recipe.replay import TensorMatch, active, common_rows, compare, same
 from unmerge.recipe.sources import Model, load
+
+ENOUGH = 256
+"""A tensor with so many wrong elements says as much as a larger one, and is made again sooner."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,12 +37,52 @@ class Hypothesis:
         The forward model.
     threads : int
         torch's threads in the merge.
+    seed : int or None
+        mergekit's ``--random-seed``; None where it is not known, so that random masks are open.
     """
 
     recipe: Recipe
     models: Mapping[ModelReference, Model]
     method: MergeMethod
     threads: int = 1
+    seed: int | None = None
+
+    @property
+    def open_masks(self) -> bool:
+        """Whether it draws masks, and which is not known: it then speaks of a distribution, not of bits."""
+        return self.method.draws and self.seed is None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stretch:
+    """Draws from one place of a merge's stream on; what was drawn once is kept."""
+
+    seed: int
+    start: int
+    kept: dict[tuple[int, int], Array]
+
+    def take(self, count: int) -> Array:
+        """Return the first `count` draws of the stretch, all that its tensor takes."""
+        found = self.kept.get((self.seed, self.start))
+        if found is None or len(found) < count:
+            stream = TorchDraws(self.seed)
+            stream.skip(self.start)
+            found = self.kept[self.seed, self.start] = stream.take(count)
+        return found[:count]
+
+
+@dataclass(slots=True, eq=False)
+class _Draws:
+    """The draws of one tensor, model after model."""
+
+    stretch: _Stretch
+    whole: int
+    taken: int = 0
+
+    def take(self, count: int) -> Array:
+        """Return the next draws."""
+        first, self.taken = self.taken, self.taken + count
+        return self.stretch.take(max(self.whole, self.taken))[first : self.taken]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,10 +124,11 @@ class Probes:
 
     stored: Mapping[str, Tensor]
     _kept: dict[tuple[int, str, int | None], Array] = field(default_factory=dict)
+    _drawn: dict[tuple[int, int], Array] = field(default_factory=dict)
 
     def first(self, count: int) -> Probes:
-        """Return the first of them, with what was read."""
-        return Probes(dict(list(self.stored.items())[:count]), self._kept)
+        """Return the first of them, with what was read and drawn."""
+        return Probes(dict(list(self.stored.items())[:count]), self._kept, self._drawn)
 
     def inputs(self, hypothesis: Hypothesis) -> Iterator[tuple[Tensor, Inputs]]:
         """Yield the target's tensors and what a hypothesis makes them of.
@@ -91,23 +138,37 @@ class Probes:
         RecipeError
             If nothing can be made of the hypothesis.
         """
-        names = {model: found.tensors.keys() for model, found in hypothesis.models.items()}
-        planned = plan(hypothesis.recipe, hypothesis.method, names, self.stored.keys())
-        for tensor in planned.tensors:
-            stored = self.stored[tensor.name]
-            dtype, rows = hypothesis.recipe.dtype, common_rows(stored)
-            yield stored, load_inputs(tensor, hypothesis.models, dtype, rows, hypothesis.threads, self._read)
+        for tensor in _plan(hypothesis, self.stored.keys()):
+            yield self._loaded(hypothesis, tensor)
+
+    def _loaded(self, hypothesis: Hypothesis, tensor: PlannedTensor) -> tuple[Tensor, Inputs]:
+        stored = self.stored[tensor.name]
+        dtype, rows = hypothesis.recipe.dtype, common_rows(stored)
+        return stored, load_inputs(tensor, hypothesis.models, dtype, rows, hypothesis.threads, self._read)
+
+    def _with_draws(self, hypothesis: Hypothesis) -> Iterator[tuple[PlannedTensor, _Draws | None]]:
+        """Yield the probes' tensors, and the draws that each gets where masks are random."""
+        if not hypothesis.method.draws or hypothesis.seed is None:
+            yield from ((tensor, None) for tensor in _plan(hypothesis, self.stored.keys()))
+            return
+        before = 0
+        for tensor in _plan(hypothesis, None):
+            count = _drawn_for(tensor, hypothesis)
+            if tensor.name in self.stored:
+                yield tensor, _Draws(_Stretch(hypothesis.seed, before, self._drawn), count)
+            before += count
 
     def made(self, hypothesis: Hypothesis) -> Iterator[Made]:
-        """Yield the probes as a hypothesis without random masks makes them.
+        """Yield the probes as a hypothesis makes them whose masks are not open.
 
         Raises
         ------
         RecipeError
             If nothing can be made of the hypothesis.
         """
-        for stored, inputs in self.inputs(hypothesis):
-            made, kind = make(hypothesis.method, inputs, hypothesis.recipe.out_dtype)
+        for tensor, draws in self._with_draws(hypothesis):
+            stored, inputs = self._loaded(hypothesis, tensor)
+            made, kind = make(hypothesis.method, inputs, hypothesis.recipe.out_dtype, draws)
             grid = Arithmetic(stored.dtype.name)
             yield Made(stored, inputs, self.values(stored), grid.round(made).reshape(-1), kind)
 
@@ -146,6 +207,18 @@ class Probes:
         return self._kept[key]
 
 
+def _plan(hypothesis: Hypothesis, only: Collection[str] | None) -> tuple[PlannedTensor, ...]:
+    names = {model: found.tensors.keys() for model, found in hypothesis.models.items()}
+    return plan(hypothesis.recipe, hypothesis.method, names, only).tensors
+
+
+def _drawn_for(tensor: PlannedTensor, hypothesis: Hypothesis) -> int:
+    """Return how many draws a tensor takes: one for each element of each model, of which not all are kept."""
+    densities = zip(tensor.models, tensor.of_models["density"], strict=True)
+    masked = [item for item, density in densities if not as_number(density) >= 1.0]
+    return sum(math.prod(hypothesis.models[item.model].tensors[item.stored].shape) for item in masked)
+
+
 @dataclass(frozen=True, slots=True)
 class Telling:
     """How much a tensor says of what is wrong.
@@ -166,7 +239,7 @@ class Telling:
 def choose_probes(
     tensors: Sequence[Telling], target: Mapping[str, Tensor], count: int = 4, elements: int = 1 << 21
 ) -> Probes:
-    """Choose the tensors to try recipes on: those that say most, of a size that is quick to make again.
+    """Choose the tensors to try recipes on: the smallest that say enough, then those that say most.
 
     Parameters
     ----------
@@ -177,10 +250,14 @@ def choose_probes(
     elements : int
         What they hold together at most, unless one alone holds more.
     """
-    telling = sorted((item for item in tensors if item.wrong), key=lambda item: -item.wrong)
+    telling = sorted((item for item in tensors if item.wrong), key=_worth)
     small = [item for item in telling if item.elements <= elements // count]
     chosen = _spread(small, count) or sorted(telling, key=lambda item: item.elements)[:1]
     return Probes({item.name: target[item.name] for item in chosen})
+
+
+def _worth(item: Telling) -> tuple[int, int]:
+    return (0, item.elements) if item.wrong >= ENOUGH else (1, -item.wrong)
 
 
 def _spread(tensors: Sequence[Telling], count: int) -> list[Telling]:

@@ -25,7 +25,7 @@ TRIED = {
     "max_iter": (1, 2, 5, 20, 50, 100),
 }
 """Values that are tried of numbers that move a threshold."""
-FINER = {"density": (0.05, 0.01), "select_topk": (0.05, 0.01), "gamma": (0.005, 0.001)}
+FINER = {"density": (0.05, 0.01, 0.001), "select_topk": (0.05, 0.01), "gamma": (0.005, 0.001)}
 """Steps by which the best of them is then refined."""
 OFFSETS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 """How far from a claimed number others are tried, where least squares finds none that does it."""
@@ -34,6 +34,8 @@ STEPS = 3
 DIGITS = 4
 """Digits after the point that are looked for."""
 _FRACTIONS = (1 / 3, 2 / 3, 1 / 6)
+AS_LITTLE, NOISE = 2.0, 0.01
+"""A number does what another does that least squares leaves so many times as much for, and this many spacings^2."""
 PERFECT = 1.0 - 1e-6
 """A share that ends a search."""
 
@@ -53,19 +55,71 @@ class Fitted:
     share: float
 
 
+def fit_numbers(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> list[tuple[Claim, Fitted]]:
+    """Find the values of claimed numbers, one changed at a time, with which most elements are made.
+
+    The likeliest claims come first, and once a number makes all elements, only those are looked at that may do the
+    same: first what results follow smoothly, those first that least squares brings nearer; then thresholds; then smooth
+    numbers again, by trying.
+
+    Returns
+    -------
+    list of (Claim, Fitted)
+        Those that were looked at.
+    """
+    smooth = [claim for claim in claims if is_smooth(claim)]
+    near = _smooth_fits(probes, hypothesis, smooth)
+    fits = _until_perfect(near, lambda fit: shortest(_share_of(probes, hypothesis, fit[0]), fit[1].value))
+    if any(fitted.share >= PERFECT for _, fitted in fits):
+        return fits
+    moving = [claim for claim in claims if not is_smooth(claim)]
+    for claims_left, look in ((moving, _search), (smooth, _around)):
+        for claim in claims_left:
+            found = look(_share_of(probes, hypothesis, claim), claim)
+            fits.append((claim, found))
+            if found.share >= PERFECT:
+                return fits
+    return fits
+
+
 def fit_number(probes: Probes, hypothesis: Hypothesis, claim: Claim) -> Fitted | None:
-    """Find the value of a claimed number with which most elements are made; None if it changes nothing."""
+    """Find the value of one claimed number; None if it changes nothing."""
+    fits = fit_numbers(probes, hypothesis, [claim])
+    return max((fitted for _, fitted in fits), key=lambda fitted: fitted.share, default=None)
 
-    def share(value: float) -> float:
-        return probes.share(replace(hypothesis, recipe=claim.put(value)))
 
-    if claim.parameter.name in TRIED:
-        return _search(share, claim)
-    near = _newton(probes, hypothesis, [claim])
-    if near is None:
-        return None
-    fitted = shortest(share, float(near[0]))
-    return fitted if fitted.share >= PERFECT else max(fitted, _around(share, claim), key=lambda found: found.share)
+@dataclass(frozen=True, slots=True)
+class _Near:
+    """What least squares makes of a number, and the mean square that it leaves, in spacings."""
+
+    value: float
+    left: float
+
+
+def _smooth_fits(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> list[tuple[Claim, _Near]]:
+    """Fit each by least squares; those first that leave least."""
+    fits = [(claim, _newton(probes, hypothesis, [claim])) for claim in claims]
+    found = [(claim, _Near(float(fit[0][0]), fit[1])) for claim, fit in fits if fit is not None]
+    return sorted(found, key=lambda pair: pair[1].left)
+
+
+def _until_perfect(
+    near: Sequence[tuple[Claim, _Near]], look: Callable[[tuple[Claim, _Near]], Fitted]
+) -> list[tuple[Claim, Fitted]]:
+    """Look at fits in their order; after one that makes all elements, only at those that leave about as little."""
+    fits: list[tuple[Claim, Fitted]] = []
+    enough = np.inf
+    for claim, fit in near:
+        if fit.left > enough:
+            break
+        fits.append((claim, look((claim, fit))))
+        if fits[-1][1].share >= PERFECT:
+            enough = min(enough, AS_LITTLE * fit.left + NOISE)
+    return fits
+
+
+def _share_of(probes: Probes, hypothesis: Hypothesis, claim: Claim) -> Callable[[float], float]:
+    return lambda value: probes.share(replace(hypothesis, recipe=claim.put(value)))
 
 
 def _around(share: Callable[[float], float], claim: Claim) -> Fitted:
@@ -77,7 +131,8 @@ def _around(share: Callable[[float], float], claim: Claim) -> Fitted:
 
 def fit_together(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> FloatArray | None:
     """Return values of several numbers that results follow smoothly, shape (claims,); None if they change nothing."""
-    return _newton(probes, hypothesis, claims)
+    found = _newton(probes, hypothesis, claims)
+    return None if found is None else found[0]
 
 
 def is_smooth(claim: Claim) -> bool:
@@ -85,13 +140,15 @@ def is_smooth(claim: Claim) -> bool:
     return claim.is_number and claim.parameter.name not in TRIED
 
 
-def _search(share: Callable[[float], float], claim: Claim) -> Fitted | None:
+def _search(share: Callable[[float], float], claim: Claim) -> Fitted:
     tried: dict[float, float] = {}
 
     def look(values: Iterable[float]) -> float:
         for value in values:
             if value not in tried and value != float(claim.value):
                 tried[value] = share(value)
+            if tried.get(value, 0.0) >= PERFECT:
+                break
         return max(tried, key=lambda value: tried[value])
 
     best = look(TRIED[claim.parameter.name])
@@ -128,9 +185,9 @@ def _decimals(near: float) -> Iterable[float]:
             yield from (value for value in _FRACTIONS if abs(value - near) < unit)
 
 
-def _newton(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> FloatArray | None:
-    """Fit numbers by least squares in spacings of the target's grid."""
-    values = np.array([float(claim.value) for claim in claims])
+def _newton(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> tuple[FloatArray, float] | None:
+    """Fit numbers by least squares in spacings of the target's grid; with the mean square that is left."""
+    values, left = np.array([float(claim.value) for claim in claims]), 0.0
     for _ in range(STEPS):
         made = _stacked(probes, _with(hypothesis, claims, values))
         if made is None:
@@ -144,13 +201,14 @@ def _newton(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> 
             if other is None:
                 return None
             slopes.append((other[0] - ours) / (width * spacing))
-        step = _least_squares(np.array(slopes), (found - ours) / spacing)
-        if step is None:
+        fitted = _least_squares(np.array(slopes), (found - ours) / spacing)
+        if fitted is None:
             return None
+        step, left = fitted
         values = values + step
         if np.abs(step).max() < 1e-5:
             break
-    return values
+    return values, left
 
 
 def _with(hypothesis: Hypothesis, claims: Sequence[Claim], values: FloatArray) -> Hypothesis:
@@ -172,9 +230,12 @@ def _stacked(probes: Probes, hypothesis: Hypothesis) -> tuple[FloatArray, FloatA
     return ours, found, spacing
 
 
-def _least_squares(slopes: FloatArray, residual: FloatArray) -> FloatArray | None:
+def _least_squares(slopes: FloatArray, residual: FloatArray) -> tuple[FloatArray, float] | None:
+    """Return the step, and the mean square that it leaves; None where nothing hangs on the numbers."""
     usable = np.isfinite(residual) & np.isfinite(slopes).all(axis=0)
-    gram = slopes[:, usable] @ slopes[:, usable].T
+    slopes, residual = slopes[:, usable], residual[usable]
+    gram = slopes @ slopes.T
     if not np.diagonal(gram).any():
         return None
-    return np.asarray(np.linalg.lstsq(gram, slopes[:, usable] @ residual[usable], rcond=1e-10)[0])
+    step = np.asarray(np.linalg.lstsq(gram, slopes @ residual, rcond=1e-10)[0])
+    return step, float(np.mean((residual - step @ slopes) ** 2))

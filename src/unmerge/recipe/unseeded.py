@@ -60,6 +60,8 @@ class Explanation:
         What kept changes are multiplied by, over what the density says; NaN where nothing is masked.
     ratio_errors : array, shape (k,)
         Standard deviations that chance gives the ratios.
+    nominal : array, shape (k,)
+        What the density says that kept changes are multiplied by.
     weights, stated : array, shape (k,)
         Weights that fit best, where weights divide and were fitted; and those of the recipe.
     divides : bool
@@ -81,6 +83,7 @@ class Explanation:
     explained: int
     ratios: FloatArray
     ratio_errors: FloatArray
+    nominal: FloatArray
     weights: FloatArray
     stated: FloatArray
     divides: bool
@@ -112,7 +115,14 @@ class _Elements:
 
 
 def explain(
-    method: str, inputs: Inputs, out_dtype: str | None, stored: Tensor, found: Array, *, fit_weights: bool = False
+    method: str,
+    inputs: Inputs,
+    out_dtype: str | None,
+    stored: Tensor,
+    found: Array,
+    *,
+    fit_weights: bool = False,
+    sample: int = SAMPLE,
 ) -> Explanation | None:
     """Explain a tensor by random masks.
 
@@ -130,6 +140,8 @@ def explain(
     fit_weights : bool
         With ``normalize``, fit weights too instead of taking the recipe's. Without it a weight and what its changes
         are multiplied by cannot be told apart.
+    sample : int
+        Outcomes to look at, elements times masks.
 
     Returns
     -------
@@ -141,7 +153,7 @@ def explain(
     deltas = flat_deltas(inputs)
     probabilities = _probabilities(method, inputs, deltas)
     nominal = _nominal(inputs, deltas, probabilities)
-    chosen = _choose(inputs, deltas, nominal, stored)
+    chosen = _choose(inputs, deltas, nominal, stored, sample)
     out = Arithmetic(storage_type(out_dtype) or inputs.arithmetic.name)
     elements = _Elements(
         open_=masked_elements(method, inputs, chosen, deltas, nominal),
@@ -220,13 +232,13 @@ def _restoring(delta: Array, probability: FloatArray) -> float:
     return whole / kept if 0.0 < kept < whole else 1.0
 
 
-def _choose(inputs: Inputs, deltas: Array, nominal: FloatArray, stored: Tensor) -> NDArray[np.int64]:
+def _choose(inputs: Inputs, deltas: Array, nominal: FloatArray, stored: Tensor, sample: int) -> NDArray[np.int64]:
     """Choose elements in which masks matter, at random; the same ones in every run."""
     weights = np.array([as_number(value) for value in inputs.tensor.of_models["weight"]])
     base = base_of(inputs.group(), "a random mask").reshape(-1)
     largest = np.abs(deltas * (weights * nominal)[:, np.newaxis]).max(axis=0)
     telling = np.flatnonzero(largest >= DTYPES[stored.dtype.name].spacing(base.astype(np.float64)))
-    count = int(np.clip(SAMPLE >> len(weights), LEAST, MOST))
+    count = int(np.clip(sample >> len(weights), LEAST, MOST))
     if len(telling) <= count:
         return telling
     generator = np.random.default_rng(zlib.crc32(inputs.tensor.name.encode()))
@@ -403,6 +415,7 @@ def _summary(
         explained=int(explained.sum()),
         ratios=np.where(masked, elements.open_.scales / nominal, np.nan),
         ratio_errors=errors,
+        nominal=nominal,
         weights=np.array(elements.open_.weights),
         stated=np.array(elements.open_.weights),
         divides=elements.open_.normalize,
@@ -460,8 +473,9 @@ class Pooled:
     ----------
     elements, beyond, contested, explained : int
         As in `Explanation`, of all tensors.
-    ratios, ratio_errors : array, shape (k,)
-        What kept changes are multiplied by, over what the density says, and its standard deviation by chance.
+    ratios, ratio_errors, nominal : array, shape (k,)
+        What kept changes are multiplied by, over what the density says, its standard deviation by chance, and what the
+        density says.
     weights, stated : array, shape (k,)
     divides : bool
         As in `Explanation`, on average.
@@ -479,6 +493,7 @@ class Pooled:
     explained: int
     ratios: FloatArray
     ratio_errors: FloatArray
+    nominal: FloatArray
     weights: FloatArray
     stated: FloatArray
     divides: bool
@@ -495,8 +510,10 @@ def pooled(explanations: Sequence[Explanation]) -> Pooled:
     precision = np.where(np.isfinite(ratios) & (errors > 0.0), 1.0 / np.maximum(errors, 1e-9) ** 2, 0.0)
     total = precision.sum(axis=0)
     contested = np.array([item.contested for item in explanations], dtype=np.float64)
-    kept = np.stack([item.kept for item in explanations])
-    claimed = np.stack([item.claimed for item in explanations])
+
+    def average(values: Sequence[FloatArray]) -> FloatArray:
+        return np.asarray(np.average(np.stack(values), axis=0, weights=contested + 1e-9))
+
     return Pooled(
         elements=sum(item.elements for item in explanations),
         beyond=sum(item.beyond for item in explanations),
@@ -504,15 +521,16 @@ def pooled(explanations: Sequence[Explanation]) -> Pooled:
         explained=sum(item.explained for item in explanations),
         ratios=np.where(total > 0.0, (np.nan_to_num(ratios) * precision).sum(axis=0) / np.maximum(total, 1e-300), 1.0),
         ratio_errors=np.where(total > 0.0, 1.0 / np.sqrt(np.maximum(total, 1e-300)), np.inf),
-        weights=np.average(np.stack([item.weights for item in explanations]), axis=0, weights=contested + 1e-9),
-        stated=np.average(np.stack([item.stated for item in explanations]), axis=0, weights=contested + 1e-9),
+        nominal=average([item.nominal for item in explanations]),
+        weights=average([item.weights for item in explanations]),
+        stated=average([item.stated for item in explanations]),
         divides=explanations[0].divides,
         surprise=_surprise([item.scores for item in explanations], [item.informations for item in explanations]),
         slope_surprise=_surprise(
             [item.slope_scores for item in explanations], [item.slope_informations for item in explanations]
         ),
-        kept=np.average(kept, axis=0, weights=contested + 1e-9),
-        claimed=np.average(claimed, axis=0, weights=contested + 1e-9),
+        kept=average([item.kept for item in explanations]),
+        claimed=average([item.claimed for item in explanations]),
     )
 
 

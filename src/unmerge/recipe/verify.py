@@ -19,8 +19,8 @@ from unmerge.checkpoint.source import Source, resolve
 from unmerge.errors import CheckpointError, RecipeError, UnmergeError
 from unmerge.merging.registry import MERGEKIT
 from unmerge.recipe.claims import labels, list_claims
-from unmerge.recipe.comparison import MOVED, Advance, Compared, Layout, agrees, compare_all, lay_out, with_plan
-from unmerge.recipe.diagnosis import THREADS, Case, Finding, diagnose, hangs_on_threads, on_threads
+from unmerge.recipe.comparison import MOVED, Advance, Compared, Layout, compare_all, lay_out, with_plan
+from unmerge.recipe.diagnosis import Case, Finding, diagnose
 from unmerge.recipe.document import CARD, CONFIG, ModelReference, Recipe, read_recipe
 from unmerge.recipe.judging import wrong_type
 from unmerge.recipe.probes import Hypothesis, Probes, choose_probes
@@ -158,7 +158,7 @@ class _Verifier:
                 opened[reference] = open_model(reference, self.file.parent)
             except UnmergeError as error:
                 raise _CannotTellError(f"member {reference} cannot be read: {error}") from error
-        return Hypothesis(self.recipe, opened, method)
+        return Hypothesis(self.recipe, opened, method, seed=self.seed if method.draws else None)
 
     def _layout(self, hypothesis: Hypothesis) -> Layout:
         try:
@@ -169,7 +169,7 @@ class _Verifier:
     def _compared(self, hypothesis: Hypothesis, layout: Layout) -> tuple[Compared, Layout]:
         """Compare all tensors; set those aside whose rows a tokenizer moved."""
         try:
-            compared = compare_all(hypothesis, layout, self.seed, self.start("comparing", len(layout.stored)))
+            compared = compare_all(hypothesis, layout, hypothesis.seed, self.start("comparing", len(layout.stored)))
         except RecipeError as error:
             raise _CannotTellError(str(error)) from error
         if not self.recipe.aligns_vocabularies:
@@ -189,31 +189,13 @@ class _Verifier:
         # Masks explain to some digits only, so a few elements say nothing; a bit that differs may have a reason.
         if judgement.holds and (compared.explanations or judgement.unequal == 0):
             return _passed(layout, compared)
-        if hypothesis.method.draws and self.seed is not None:
-            return self._seeded_answer(hypothesis, layout)
         return self._diagnosed(hypothesis, layout, compared)
-
-    def _seeded_answer(self, hypothesis: Hypothesis, layout: Layout) -> _Answer:
-        """Answer for bits that are not the seed's; if other masks do, it is the seed, or the threads of the machine."""
-        if hangs_on_threads(hypothesis.method, layout.plan.tensors):
-            for threads in THREADS:
-                other = replace(hypothesis, threads=threads)
-                if agrees(other, layout, self.seed):
-                    return _passed(layout, compare_all(other, layout, self.seed, _unheard), (on_threads(threads),))
-        again = compare_all(hypothesis, layout, None, self.start("comparing with all masks", len(layout.stored)))
-        if not again.judgement.holds:
-            return self._diagnosed(hypothesis, layout, again)
-        text = (
-            f"seed: the masks are not those that torch draws on a CPU with seed {self.seed}; other masks of the "
-            "claimed densities make the weights"
-        )
-        return _Answer("fail", text, (_claim("seed", text, str(self.seed), "another", again.judgement.share),))
 
     def _diagnosed(self, hypothesis: Hypothesis, layout: Layout, compared: Compared) -> _Answer:
         """Look for the claim that is wrong, and answer."""
         probes = choose_probes(compared.telling, layout.stored)
         advance = self.start("looking for the wrong claim", 1)
-        case = Case(probes, hypothesis, self._opened_candidates(hypothesis))
+        case = Case(probes, hypothesis, self._opened_candidates(hypothesis), compared.pooled)
         for findings in diagnose(case) if probes.stored else ():
             answer = self._judged_again(findings, layout, compared)
             if answer is not None:
@@ -236,7 +218,7 @@ class _Verifier:
         """Compare everything with the changed recipe, and answer if that restores the target."""
         changed = findings[0].hypothesis
         advance = self.start("comparing with the changed recipe", len(layout.stored))
-        again = compare_all(changed, with_plan(layout, changed), None, advance)
+        again = compare_all(changed, with_plan(layout, changed), changed.seed, advance)
         if not again.judgement.restores(before.judgement):
             return None
         if findings[0].excuses:
