@@ -177,7 +177,6 @@ def test_a_false_claim_is_named(merges: Merges, lie: Lie) -> None:
     assert found.wrong_claims[0].restored > 0.999
 
 
-@pytest.mark.xfail(reason="two false weights are taken for random masks: it fails, but names the method")
 def test_two_false_weights_are_both_named(merges: Merges) -> None:
     claim = {
         **TRUTHS["task_arithmetic"],

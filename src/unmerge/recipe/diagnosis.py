@@ -1,8 +1,8 @@
 """Which claim of a recipe is wrong: the one whose change makes the recipe make the target's tensors.
 
-Claims are changed one at a time, on a few tensors: numbers, members, truth values, types, then all numbers together, the
-method, the base. Only a change that restores the tensors is reported. With the seed of random masks the draws are known,
-so bits are compared there too; if nothing restores them, the seed is wrong, and masks are left open.
+Claims are changed one at a time, on a few tensors: numbers, members, truth values, types; then all numbers together,
+the method, the base. Only a change that restores the tensors is reported. With the seed of random masks the draws are
+known, so bits are compared there too; if nothing restores them, the seed is wrong, and masks are left open.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unmerge.recipe.document import ModelReference, storage_type, torch_type
 from unmerge.recipe.judging import KEPT, RATIO, SURPRISING, Judgement, explained, glance, judge
 from unmerge.recipe.plan import PlannedTensor
 from unmerge.recipe.probes import Hypothesis, Probes
-from unmerge.recipe.refit import Fitted, fit_number, fit_numbers, fit_together, is_smooth, shortest
+from unmerge.recipe.refit import LOOKED_AT, Fitted, Trial, fit_smooth, fit_together, is_smooth, search, shortest
 from unmerge.recipe.sources import Model
 from unmerge.recipe.unseeded import Pooled
 
@@ -37,8 +37,6 @@ ALIKE = 0.02
 SMALL = 1e-9
 EXPLAINED = 0.9
 """Of what a wrong number made, masks of the claimed recipe explain more than this."""
-LOOKED_AT = 3
-"""Numbers that are looked at closer: those whose best values make most elements."""
 THREADS = (*range(2, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128)
 """Numbers of torch's threads that are tried."""
 
@@ -104,6 +102,12 @@ class Case:
         return explained(self.probes, self.hypothesis, fit_weights=True)
 
     @property
+    def numbers(self) -> list[Claim]:
+        """The recipe's numbers."""
+        claims = list_claims(self.hypothesis.recipe, self.hypothesis.method)
+        return [claim for claim in claims if claim.is_number]
+
+    @property
     def names(self) -> dict[ModelReference, str]:
         """What messages call the recipe's models."""
         return labels(self.hypothesis.recipe)
@@ -133,11 +137,12 @@ def diagnose(case: Case) -> Iterator[tuple[Finding, ...]]:
 
 def _stages(case: Case) -> tuple[Callable[[Case], Iterator[Finding]], ...]:
     """Return what is tried, the likeliest first."""
-    numbers, members = _numbers, _members
-    if case.hypothesis.open_masks and judge(case.probes.first(1), case.hypothesis).share < EXPLAINED:
-        # Masks and sizes explain what wrong numbers made.
-        numbers, members = _members, _numbers
-    return (_machines, numbers, _seeds, members, _truths, _types, _methods, _bases, _exchanges)
+    first: tuple[Callable[[Case], Iterator[Finding]], ...] = (_machines, _smooth_numbers, _seeds, _members, _thresholds)
+    if case.hypothesis.open_masks:
+        # Masks and sizes explain what wrong numbers made, and not what another member made.
+        by_masks = judge(case.probes.first(1), case.hypothesis).share >= EXPLAINED
+        first = (_machines, *((_random_numbers, _members) if by_masks else (_members, _random_numbers)))
+    return (*first, _one_more, _truths, _types, _methods, _bases, _exchanges)
 
 
 def _restoring(case: Case, stage: Callable[[Case], Iterator[Finding]], before: Judgement) -> list[Finding]:
@@ -212,19 +217,24 @@ def _seeds(case: Case) -> Iterator[Finding]:
         yield Finding("seed", text, str(stands.seed), "another", replace(stands, seed=None))
 
 
-def _numbers(case: Case) -> Iterator[Finding]:
-    """Try other numbers."""
-    stands = case.hypothesis
-    claims = [claim for claim in list_claims(stands.recipe, stands.method) if claim.is_number]
-    if stands.open_masks:
-        yield from _random_numbers(case, claims)
-        return
-    fits = fit_numbers(case.probes.first(1), stands, claims)
+def _smooth_numbers(case: Case) -> Iterator[Finding]:
+    """Try other numbers that results follow smoothly."""
+    trials = [Trial(case.probes.first(1), case.hypothesis, claim) for claim in case.numbers if is_smooth(claim)]
+    yield from _fitted(fit_smooth(trials))
+
+
+def _thresholds(case: Case) -> Iterator[Finding]:
+    """Try other numbers that move a threshold, and the smooth ones where signs are elected."""
+    trials = [Trial(case.probes.first(1), case.hypothesis, claim) for claim in case.numbers]
+    yield from _fitted(search(sorted(trials, key=lambda trial: is_smooth(trial.claim))))
+
+
+def _fitted(fits: Sequence[tuple[Trial, Fitted]]) -> Iterator[Finding]:
     # Of numbers that do the same, the one whose decimal is shortest is likelier to be what was meant.
     best = sorted(fits, key=lambda pair: (-round(pair[1].share, 4), len(f"{pair[1].value:.6g}")))
-    for claim, fit in best[:LOOKED_AT]:
-        if not np.isclose(fit.value, float(claim.value), rtol=1e-6):
-            yield _number(stands, claim, fit.value)
+    for trial, fit in best[:LOOKED_AT]:
+        if not np.isclose(fit.value, float(trial.claim.value), rtol=1e-6):
+            yield _number(trial.hypothesis, trial.claim, fit.value)
 
 
 def _number(stands: Hypothesis, claim: Claim, value: float) -> Finding:
@@ -241,13 +251,13 @@ def _idle(name: str, changed: Hypothesis) -> Finding:
     return Finding("member", f"member {name}: it contributes nothing to the weights", name, "nothing", changed)
 
 
-def _random_numbers(case: Case, claims: Sequence[Claim]) -> Iterator[Finding]:
+def _random_numbers(case: Case) -> Iterator[Finding]:
     """Try the numbers that masks and sizes of kept changes ask for."""
     found = case.pooled()
     if found is None:
         return
     estimates = Estimates.of(case.hypothesis, found)
-    for claim in claims:
+    for claim in case.numbers:
         for near in estimates.of_claim(claim):
             for value in _decimals(near):
                 if value != float(claim.value):
@@ -347,7 +357,7 @@ def _by_the_others(found: Pooled) -> FloatArray:
 
 
 def _members(case: Case) -> Iterator[Finding]:
-    """Try another fine-tune in a member's place, a member less, and one more."""
+    """Try another fine-tune in a member's place, and a member less."""
     stands, names = case.hypothesis, case.names
     for model in stands.recipe.references:
         if model == stands.recipe.base_model:
@@ -358,7 +368,6 @@ def _members(case: Case) -> Iterator[Finding]:
         fewer = without(stands.recipe, model)
         if fewer is not None:
             yield _idle(names[model], replace(stands, recipe=fewer))
-    yield from _one_more(case)
 
 
 def _standing_for(stands: Hypothesis, models: Mapping[ModelReference, Model]) -> Hypothesis:
@@ -366,22 +375,28 @@ def _standing_for(stands: Hypothesis, models: Mapping[ModelReference, Model]) ->
 
 
 def _one_more(case: Case) -> Iterator[Finding]:
+    """Try one member more, with the weight that it would need."""
+    trials: dict[str, Trial] = {}
     for name, candidate in case.candidates.items():
         model = ModelReference(name)
         more = with_model(case.hypothesis.recipe, model)
         if more is None:
             return
         added = replace(_standing_for(case.hypothesis, {model: candidate}), recipe=more)
-        text = f"member {name}: the weights hold it, and the recipe does not name it"
-        weight = next(
-            (c for c in list_claims(more, added.method) if c.owner == model and c.parameter.name == "weight"), None
-        )
+        claims = list_claims(more, added.method)
+        weight = next((c for c in claims if c.owner == model and c.parameter.name == "weight"), None)
         if weight is None or added.open_masks:
-            yield Finding("member", text, "nothing", name, added)
-            continue
-        fit = fit_number(case.probes.first(1), added, weight)
-        if fit is not None:
-            yield Finding("member", text, "nothing", name, replace(added, recipe=weight.put(fit.value)))
+            yield _added(name, added)
+        else:
+            trials[name] = Trial(case.probes.first(1), added, weight)
+    names = {trial: name for name, trial in trials.items()}
+    for trial, fit in fit_smooth(list(trials.values())):
+        yield _added(names[trial], trial.put(fit.value))
+
+
+def _added(name: str, hypothesis: Hypothesis) -> Finding:
+    text = f"member {name}: the weights hold it, and the recipe does not name it"
+    return Finding("member", text, "nothing", name, hypothesis)
 
 
 def _truths(case: Case) -> Iterator[Finding]:

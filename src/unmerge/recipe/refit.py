@@ -34,6 +34,8 @@ STEPS = 3
 DIGITS = 4
 """Digits after the point that are looked for."""
 _FRACTIONS = (1 / 3, 2 / 3, 1 / 6)
+LOOKED_AT = 3
+"""Smooth numbers that are looked at closer: those for which least squares leaves least."""
 AS_LITTLE, NOISE = 2.0, 0.01
 """A number does what another does that least squares leaves so many times as much for, and this many spacings^2."""
 PERFECT = 1.0 - 1e-6
@@ -55,37 +57,58 @@ class Fitted:
     share: float
 
 
-def fit_numbers(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> list[tuple[Claim, Fitted]]:
-    """Find the values of claimed numbers, one changed at a time, with which most elements are made.
+def fit_smooth(trials: Sequence[Trial]) -> list[tuple[Trial, Fitted]]:
+    """Find the values of numbers that results follow smoothly, one changed at a time, with which most are made.
 
-    The likeliest claims come first, and once a number makes all elements, only those are looked at that may do the
-    same: first what results follow smoothly, those first that least squares brings nearer; then thresholds; then smooth
-    numbers again, by trying.
+    Looked at are those for which least squares leaves least, and once one of them makes all elements, only those that
+    may do the same.
 
     Returns
     -------
-    list of (Claim, Fitted)
+    list of (Trial, Fitted)
         Those that were looked at.
     """
-    smooth = [claim for claim in claims if is_smooth(claim)]
-    near = _smooth_fits(probes, hypothesis, smooth)
-    fits = _until_perfect(near, lambda fit: shortest(_share_of(probes, hypothesis, fit[0]), fit[1].value))
-    if any(fitted.share >= PERFECT for _, fitted in fits):
-        return fits
-    moving = [claim for claim in claims if not is_smooth(claim)]
-    for claims_left, look in ((moving, _search), (smooth, _around)):
-        for claim in claims_left:
-            found = look(_share_of(probes, hypothesis, claim), claim)
-            fits.append((claim, found))
-            if found.share >= PERFECT:
-                return fits
+    fits: list[tuple[Trial, Fitted]] = []
+    enough = np.inf
+    for trial, near in _smooth_fits(trials):
+        if near.left > enough or len(fits) >= LOOKED_AT:
+            break
+        fits.append((trial, shortest(trial.share, near.value)))
+        if fits[-1][1].share >= PERFECT:
+            enough = AS_LITTLE * near.left + NOISE
     return fits
 
 
-def fit_number(probes: Probes, hypothesis: Hypothesis, claim: Claim) -> Fitted | None:
-    """Find the value of one claimed number; None if it changes nothing."""
-    fits = fit_numbers(probes, hypothesis, [claim])
-    return max((fitted for _, fitted in fits), key=lambda fitted: fitted.share, default=None)
+def search(trials: Sequence[Trial]) -> list[tuple[Trial, Fitted]]:
+    """Find the values of numbers by trying, one changed at a time; the first that makes all elements ends it.
+
+    Thresholds by a grid that is refined; numbers that results follow smoothly around the claim, for where signs are
+    elected, least squares sees little but the flips.
+    """
+    fits: list[tuple[Trial, Fitted]] = []
+    for trial in trials:
+        look = _around if is_smooth(trial.claim) else _search
+        fits.append((trial, look(trial.share, trial.claim)))
+        if fits[-1][1].share >= PERFECT:
+            break
+    return fits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """A number of a recipe that is changed, and the tensors that it is tried on."""
+
+    probes: Probes
+    hypothesis: Hypothesis
+    claim: Claim
+
+    def share(self, value: float) -> float:
+        """Return the share of elements that are made with another value."""
+        return self.probes.share(self.put(value))
+
+    def put(self, value: float) -> Hypothesis:
+        """Return the hypothesis with another value."""
+        return replace(self.hypothesis, recipe=self.claim.put(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,37 +119,18 @@ class _Near:
     left: float
 
 
-def _smooth_fits(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> list[tuple[Claim, _Near]]:
+def _smooth_fits(trials: Sequence[Trial]) -> list[tuple[Trial, _Near]]:
     """Fit each by least squares; those first that leave least."""
-    fits = [(claim, _newton(probes, hypothesis, [claim])) for claim in claims]
-    found = [(claim, _Near(float(fit[0][0]), fit[1])) for claim, fit in fits if fit is not None]
+    fits = [(trial, _newton(trial.probes, trial.hypothesis, [trial.claim])) for trial in trials]
+    found = [(trial, _Near(float(fit[0][0]), fit[1])) for trial, fit in fits if fit is not None]
     return sorted(found, key=lambda pair: pair[1].left)
 
 
-def _until_perfect(
-    near: Sequence[tuple[Claim, _Near]], look: Callable[[tuple[Claim, _Near]], Fitted]
-) -> list[tuple[Claim, Fitted]]:
-    """Look at fits in their order; after one that makes all elements, only at those that leave about as little."""
-    fits: list[tuple[Claim, Fitted]] = []
-    enough = np.inf
-    for claim, fit in near:
-        if fit.left > enough:
-            break
-        fits.append((claim, look((claim, fit))))
-        if fits[-1][1].share >= PERFECT:
-            enough = min(enough, AS_LITTLE * fit.left + NOISE)
-    return fits
-
-
-def _share_of(probes: Probes, hypothesis: Hypothesis, claim: Claim) -> Callable[[float], float]:
-    return lambda value: probes.share(replace(hypothesis, recipe=claim.put(value)))
-
-
 def _around(share: Callable[[float], float], claim: Claim) -> Fitted:
-    """Search around the claim by the share alone; where signs are elected, least squares sees little but the flips."""
-    tried = [float(claim.value) + sign * offset for offset in OFFSETS for sign in (-1.0, 1.0)]
+    stands = float(claim.value)
+    tried = [stands + sign * offset for offset in OFFSETS for sign in (-1.0, 1.0)]
     best = max((Fitted(value, share(value)) for value in tried), key=lambda found: found.share)
-    return best if best.share >= PERFECT else shortest(share, best.value)
+    return best if best.share >= PERFECT or best.share <= share(stands) else shortest(share, best.value)
 
 
 def fit_together(probes: Probes, hypothesis: Hypothesis, claims: Sequence[Claim]) -> FloatArray | None:

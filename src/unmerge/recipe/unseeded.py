@@ -57,7 +57,7 @@ class Explanation:
     explained : int
         Of these, the ones that a mask makes.
     ratios : array, shape (k,)
-        What kept changes are multiplied by, over what the density says; NaN where nothing is masked.
+        What kept changes are multiplied by, over what the density says; NaN where nothing is masked or seen.
     ratio_errors : array, shape (k,)
         Standard deviations that chance gives the ratios.
     nominal : array, shape (k,)
@@ -406,6 +406,7 @@ def _summary(
     looked_at = elements.probabilities[:, explained]
     score, shift = _kept(hits[:, explained], bits, looked_at)
     slope = score * (looked_at - probabilities.mean(axis=1)[:, np.newaxis])
+    seen = (elements.open_.deltas[:, explained] != 0).any(axis=1)
     masked = (probabilities.mean(axis=1) > 0.0) & (probabilities.mean(axis=1) < 1.0)
     return Explanation(
         name=name,
@@ -413,7 +414,7 @@ def _summary(
         beyond=beyond,
         contested=int(contested.sum()),
         explained=int(explained.sum()),
-        ratios=np.where(masked, elements.open_.scales / nominal, np.nan),
+        ratios=np.where(masked & seen, elements.open_.scales / nominal, np.nan),
         ratio_errors=errors,
         nominal=nominal,
         weights=np.array(elements.open_.weights),
