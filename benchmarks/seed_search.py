@@ -48,6 +48,11 @@ CASES = (
     Case("10^8 draws on", FAR, FAR + 10**6, 64, 0),
     Case("the same, 5 % wrong", FAR, FAR + 10**6, 64, 3),
     Case("the same, density 0.3", FAR, FAR + 10**6, 128, 2, 77 / 256),
+    Case("192, density 0.1", FAR, FAR + 10**6, 192, 2, 0.1),
+    Case("the same, 8 % wrong", FAR, FAR + 10**6, 192, 15, 0.1),
+    Case("the same, density 0.9", FAR, FAR + 10**6, 192, 15, 0.9),
+    Case("the same, density 0.3", FAR, FAR + 10**6, 192, 15, 77 / 256),
+    Case("the same, density 0.5", FAR, FAR + 10**6, 192, 15),
 )
 Seen = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -71,15 +76,19 @@ def run(*, full: bool = False) -> bool:
 
 
 def _observe(case: Case, seed: int) -> Seen:
+    """Return what is seen of a mask: as many kept elements as dropped ones, as `unmerge.recipe.mask_seed` chooses."""
     rng = np.random.default_rng(0)
-    indices = np.sort(rng.choice(np.arange(case.first, case.last), case.count, replace=False))
-    thresholds = np.full(case.count, int(case.density * SCALE), dtype=np.uint32)
+    threshold = int(case.density * SCALE)
     twister = np.random.MT19937()
     np.random.RandomState(twister).seed(seed)
     twister.random_raw(case.first, output=False)
-    kept = (twister.random_raw(case.last - case.first)[indices - case.first] & (SCALE - 1)) < thresholds
+    below = (twister.random_raw(case.last - case.first) & (SCALE - 1)) < threshold
+    half = case.count // 2
+    kinds = ((np.flatnonzero(below), half), (np.flatnonzero(~below), case.count - half))
+    chosen = np.sort(np.concatenate([rng.choice(kind, count, replace=False) for kind, count in kinds]))
+    kept = below[chosen]
     kept[rng.choice(case.count, case.wrong, replace=False)] ^= True
-    return indices, thresholds, kept
+    return case.first + chosen, np.full(case.count, threshold, dtype=np.uint32), kept
 
 
 def _compile() -> None:

@@ -77,8 +77,8 @@ def test_a_search_keeps_its_state_for_each_place(tunes: Tunes, tmp_path: Path) -
     first = find_seed(trial, truth, LINEAR, count=500, state=state, progress=lambda *told: done.append(told))
     assert first is not None
     assert done[-1] == (500, 500)
-    assert {file.name for file in tmp_path.iterdir()} <= {"search.0", "search.1"}
-    assert (tmp_path / "search.0").exists()
+    assert {file.name for file in tmp_path.iterdir()} <= {"search.0.0.02", "search.1.0.02"}
+    assert (tmp_path / "search.0.0.02").exists()
     again = find_seed(trial, truth, LINEAR, count=500, state=state)
     assert again is not None
     assert (again.seed, again.recipe) == (first.seed, first.recipe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ OBSERVED = 192
 """Elements whose masks are compared with the generator: far more than the 32 bits of a seed, for some may be wrong."""
 FEWEST = 48
 """With fewer, a seed could be found by chance."""
+CLEAN = 0.02
+"""The share of observations that may contradict a seed at first: most masks are read without an error."""
 WRONG = 0.08
-"""The share of observations that may contradict a seed: wrongly decoded ones, and a density that is slightly off."""
+"""The share that may, where no seed agrees with so few: wrongly decoded ones, and a density that is slightly off."""
 AGREES = 0.9
 """The share of a model's observations that its place in the order of the recipe must agree with."""
 HUMAN = 1 << 20
@@ -120,15 +123,15 @@ def _search(
     first, count, state, progress = how
     size = next(iter(inputs.arrays.values())).size
     one = _few(seen[clearest])
-    for place in range(len(seen)):
+    for tolerated, place in product((CLEAN, WRONG), range(len(seen))):
         found = search(
             drawn + place * size + one.elements,
             one.thresholds,
             one.kept,
             first=first,
             count=count,
-            tolerated=WRONG,
-            state=None if state is None else state.with_name(f"{state.name}.{place}"),
+            tolerated=tolerated,
+            state=None if state is None else state.with_name(f"{state.name}.{place}.{tolerated:g}"),
             progress=progress,
         )
         for seed in found.seeds:

@@ -263,7 +263,15 @@ def _compare(
 
 
 @_compiled
-def screen_parities(seeds: Words, missed: Words, masks: Words, wanted: Words, allowed: int, passed: Words) -> int:
+def screen_parities(
+    seeds: Words,
+    missed: Words,
+    masks: Words,
+    wanted: Words,
+    ends: NDArray[np.int64],
+    allowed: int,
+    passed: Words,
+) -> int:
     """Test seeds on parities of the seeded state.
 
     Parameters
@@ -274,7 +282,9 @@ def screen_parities(seeds: Words, missed: Words, masks: Words, wanted: Words, al
     masks : array, shape (624 / ROWS, K, ROWS)
         Of `parity_masks`, in groups of `ROWS` words.
     wanted : array, shape (K,)
-        The parity that each observation asks for.
+        What each has to be.
+    ends : array, shape (N,)
+        Where the parities of each observation end; one that is wrong contradicts it.
     allowed : int
         A seed passes that contradicts no more observations than these.
     passed : array, shape (n,)
@@ -289,6 +299,7 @@ def screen_parities(seeds: Words, missed: Words, masks: Words, wanted: Words, al
     word = np.empty(LANES, dtype=np.uint32)
     rows = np.empty((ROWS, LANES), dtype=np.uint32)
     folded = np.empty((wanted.size, LANES), dtype=np.uint32)
+    wrong, total = np.empty(LANES, dtype=np.uint32), np.empty(LANES, dtype=np.uint32)
     for start in range(0, seeds.size, LANES):
         lanes = min(LANES, seeds.size - start)
         for lane in range(LANES):
@@ -298,13 +309,15 @@ def screen_parities(seeds: Words, missed: Words, masks: Words, wanted: Words, al
             _make_rows(word, group * ROWS, rows)
             for parity in range(wanted.size):
                 _fold(rows, masks, group, parity, folded)
+        total[:] = np.uint32(0)
+        parity = 0
+        for end in ends:
+            parity = _contradict(folded, wanted, parity, end, wrong, total)
         for lane in range(lanes):
-            total = missed[start + lane]
-            for parity in range(wanted.size):
-                total += _parity(folded[parity, lane]) ^ wanted[parity]
-            if total <= allowed:
+            most = total[lane] + missed[start + lane]
+            if most <= allowed:
                 passed[count] = seeds[start + lane]
-                missed[count] = total
+                missed[count] = most
                 count += 1
     return count
 
@@ -318,6 +331,18 @@ def _make_rows(word: Words, index: int, rows: Words) -> None:
             rows[row, lane] = value
             value = _next(value, np.uint32(index + row + 1))
         word[lane] = value
+
+
+@_inlined
+def _contradict(folded: Words, wanted: Words, first: int, end: int, wrong: Words, total: Words) -> int:
+    """Count one observation for the lanes that any of its parities contradicts, and return where they end."""
+    wrong[:] = np.uint32(0)
+    for parity in range(first, end):
+        for lane in range(LANES):
+            wrong[lane] |= _parity(folded[parity, lane]) ^ wanted[parity]
+    for lane in range(LANES):
+        total[lane] += wrong[lane]
+    return end
 
 
 @_inlined

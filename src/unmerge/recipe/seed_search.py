@@ -8,7 +8,8 @@ read wrongly now and then, a few may disagree; how many seeds would agree by cha
 Every seed of the range is tested: first on what is cheapest and rejects most, then, if it is left, on everything.
 Observations among the first 227 draws are compared directly; a seed is rejected as soon as it has more contradictions
 than are allowed in all. Farther draws are parities of the seeded state (`unmerge.recipe.mersenne`), and the first tests
-ask for the highest bits alone, where observations tell them: a draw under one half has a 0. Waiting for all
+ask for the highest bits alone, as many as an observation tells: a draw under one half has a 0, one under one eighth
+three. Waiting for all
 contradictions that are allowed in hundreds of observations would take long, so there a seed is rejected as soon as so
 many so early are improbable (`MISSED`) of one that agrees.
 """
@@ -42,9 +43,11 @@ MOST_BY_CHANCE = 1000.0
 """More seeds than these, expected by chance, would be an answer to nothing."""
 BLOCK = 2**20
 """Seeds that a thread tests at a time."""
-MISSED = 1e-3
+MISSED = 3e-3
 """How probably a stage of the test may reject a seed with all the contradictions that are allowed, placed at random.
 With half as many it is far less, and where few are allowed it is none."""
+MOST_BITS = 4
+"""Bits of one observation that are asked for before the whole of it is."""
 _SEEDING, _VERIFYING = 4.0, 130.0
 """Time to seed a state, and to test a seed on whole observations, as multiples of a parity's."""
 _SELDOM = 2.0**-12
@@ -285,6 +288,7 @@ class _Stage:
 
     masks: Words
     wanted: Words
+    ends: NDArray[np.int64]
     allowed: int
 
 
@@ -298,7 +302,7 @@ def _parity_screen(seen: _Observations, masks: Words, starts: NDArray[np.int64])
         missed = np.zeros_like(seeds)
         for stage in stages:
             passed = np.empty_like(seeds)
-            count = screen_parities(seeds, missed, stage.masks, stage.wanted, stage.allowed, passed)
+            count = screen_parities(seeds, missed, stage.masks, stage.wanted, stage.ends, stage.allowed, passed)
             seeds, missed = passed[:count], missed[:count]
         return seeds
 
@@ -306,19 +310,32 @@ def _parity_screen(seen: _Observations, masks: Words, starts: NDArray[np.int64])
 
 
 def _stages(seen: _Observations, masks: Words, starts: NDArray[np.int64]) -> list[_Stage]:
-    kept = seen.kept == 1
-    # Under a half the highest bit is 0, from a half on it is 1; other observations do not tell.
-    telling = np.flatnonzero(np.where(kept, seen.thresholds <= SCALE // 2, seen.thresholds >= SCALE // 2))
+    leading = _leading_bits(seen)
+    telling = np.flatnonzero(leading)
     order = np.random.default_rng(0).permutation(telling)  # neighbours may be wrong together
-    limits = [_limit(len(order), seen.allowed, drawn) for drawn in range(len(order) + 1)]
-    return [
-        _Stage(_grouped(masks[starts[order[begin:end]]]), np.uint32(1) - seen.kept[order[begin:end]], limits[end])
-        for begin, end in pairwise(_cuts(limits))
-    ]
+    limits = [_limit(len(leading), seen.allowed, drawn) for drawn in range(len(order) + 1)]
+    plans = [(bits, *_cuts(limits, np.minimum(leading[order], bits))) for bits in range(1, MOST_BITS + 1)]
+    bits, cuts, _ = min(plans, key=lambda plan: plan[2])
+    stages = []
+    for begin, end in pairwise(cuts):
+        chosen = order[begin:end]
+        counts = np.minimum(leading[chosen], bits)
+        places = zip(starts[chosen].tolist(), counts.tolist(), strict=True)
+        rows = np.concatenate([np.arange(start, start + count) for start, count in places])
+        wanted = np.repeat(np.uint32(1) - seen.kept[chosen], counts)
+        stages.append(_Stage(_grouped(masks[rows]), wanted, np.cumsum(counts), limits[end]))
+    return stages
+
+
+def _leading_bits(seen: _Observations) -> NDArray[np.int64]:
+    """Return how many of the highest bits of each draw are told: zeros under a threshold, ones from it on."""
+    under = [24 - (threshold - 1).bit_length() for threshold in seen.thresholds.tolist()]
+    from_it_on = [24 - (SCALE - 1 - threshold).bit_length() for threshold in seen.thresholds.tolist()]
+    return np.where(seen.kept == 1, under, from_it_on)
 
 
 def _limit(population: int, allowed: int, drawn: int) -> int:
-    """Return how many contradictions may be among observations drawn from a population that has those allowed."""
+    """Return how many contradictions may be among observations drawn from all, which have those allowed."""
     wrong, cases = min(allowed, population), 0
     for limit in range(min(wrong, drawn), 0, -1):
         cases += math.comb(wrong, limit) * math.comb(population - wrong, drawn - limit)
@@ -327,24 +344,33 @@ def _limit(population: int, allowed: int, drawn: int) -> int:
     return 0
 
 
-def _cuts(limits: Sequence[int]) -> list[int]:
-    """Return where to cut the highest bits into stages, and where to stop, so that a seed takes the least time.
+def _cuts(limits: Sequence[int], bits: NDArray[np.int64]) -> tuple[list[int], float]:
+    """Return where to cut observations into stages, and where to stop, so that a seed takes the least time; and it.
 
     A stage seeds what is left again, all lanes at least, and adds its parities; the shortest path over all cuts.
+
+    Parameters
+    ----------
+    limits : sequence of int, length N + 1
+        How many contradictions each number of observations may have.
+    bits : array of int, shape (N,)
+        Parities that each observation takes.
     """
     from unmerge.recipe.mersenne import LANES
 
-    left = np.minimum.accumulate(_at_most(np.full(len(limits) - 1, 0.5), limits))
+    left = np.minimum.accumulate(_at_most(1.0 - np.ldexp(1.0, -bits), limits))
+    parities = np.cumsum([0, *bits.tolist()])
     time = np.zeros(len(left))
     before = np.zeros(len(left), dtype=np.int64)
     for end in range(1, len(left)):
-        paths = time[:end] + np.maximum(left[:end], LANES / BLOCK) * (_SEEDING + end - np.arange(end))
+        paths = time[:end] + np.maximum(left[:end], LANES / BLOCK) * (_SEEDING + parities[end] - parities[:end])
         before[end] = np.argmin(paths)
         time[end] = paths[before[end]]
-    cuts = [int(np.argmin(time + left * _VERIFYING))]
+    whole = time + left * _VERIFYING
+    cuts = [int(np.argmin(whole))]
     while cuts[0] > 0:
         cuts.insert(0, int(before[cuts[0]]))
-    return cuts
+    return cuts, float(whole.min())
 
 
 def _grouped(masks: Words) -> Words:

@@ -39,6 +39,7 @@ _LOOSE = 0.01
 _HOPELESS = 0.7
 _TURNS = 60
 _SETTLED = 1e-5
+_TINY, _UNLIKELY = 1e-300, 1e-6
 _BLOCK = 1 << 20
 
 
@@ -361,14 +362,35 @@ def _hits(elements: _Elements) -> Bits:
     if elements.open_.arithmetic.name == "BF16":
         exact: Bits = _stored(elements, elements.open_.outcome(elements.masks)) == elements.values
         return exact
-    # The scale is known to some digits only: an outcome counts if it lies in the cell of the target's value.
+    away, doubt = _away(elements)
+    near: Bits = away <= 0.5 * elements.spacing + doubt
+    return near
+
+
+def _away(elements: _Elements) -> tuple[FloatArray, FloatArray]:
+    """Return how far outcomes are from the target's values, shape (masks, m), and how exactly they are known.
+
+    The scale is known to some digits only: an outcome counts if it may lie in the cell of the target's value.
+    """
     real = _real(elements.open_)
     effects = np.abs(real.deltas * (np.array(real.weights) * real.scales)[:, np.newaxis])
     precision = _PRECISION[elements.open_.arithmetic.name]
-    doubt = ((precision + _ERRORS * elements.precision[:, np.newaxis]) * effects).sum(axis=0)
-    reach = 0.5 * elements.spacing + doubt + 0.25 * precision * np.abs(real.base)
-    near: Bits = np.abs(real.outcome(elements.masks) - elements.values) <= reach
-    return near
+    relative = precision + _ERRORS * elements.precision[:, np.newaxis]
+    of_masks = np.einsum("ks,km->sm", elements.masks[:, :, 0].astype(np.float64), relative * effects)
+    return np.abs(real.outcome(elements.masks) - elements.values), of_masks + 0.25 * precision * np.abs(real.base)
+
+
+def _likelihoods(elements: _Elements, hits: Bits) -> FloatArray:
+    """Return how probably each mask makes each element, shape (masks, m).
+
+    Near the edge of a cell it is by halves: what nothing is kept of is known exactly, and would else be seldom taken
+    for what is kept, which is taken for it more often.
+    """
+    if elements.open_.arithmetic.name == "BF16":
+        return hits.astype(np.float64)
+    away, doubt = _away(elements)
+    inside = 0.5 + (0.5 * elements.spacing - away) / np.maximum(2.0 * doubt, _TINY)
+    return np.where(hits, np.clip(inside, _UNLIKELY, 1.0), 0.0)
 
 
 def _stored(elements: _Elements, outcome: Array) -> Array:
@@ -404,7 +426,7 @@ def _summary(
     explained = hits.any(axis=0) & contested
     bits = elements.masks[:, :, 0].T
     looked_at = elements.probabilities[:, explained]
-    score, shift = _kept(hits[:, explained], bits, looked_at)
+    score, shift = _kept(_likelihoods(elements, hits)[:, explained], bits, looked_at)
     slope = score * (looked_at - probabilities.mean(axis=1)[:, np.newaxis])
     seen = (elements.open_.deltas[:, explained] != 0).any(axis=1)
     masked = (probabilities.mean(axis=1) > 0.0) & (probabilities.mean(axis=1) < 1.0)
@@ -429,12 +451,12 @@ def _summary(
     )
 
 
-def _kept(hits: Bits, bits: Bits, probabilities: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _kept(likelihoods: FloatArray, bits: Bits, probabilities: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Estimate how far the probability of being kept is from the claim.
 
     Parameters
     ----------
-    hits : array of bool, shape (masks, m)
+    likelihoods : array, shape (masks, m)
     bits : array of bool, shape (masks, k)
     probabilities : array, shape (k, m)
 
@@ -446,20 +468,20 @@ def _kept(hits: Bits, bits: Bits, probabilities: FloatArray) -> tuple[FloatArray
         By maximum likelihood (expectation and maximisation in turns).
     """
     claimed = np.clip(probabilities, 1e-3, 1.0 - 1e-3)
-    scores = (_posterior(hits, bits, claimed) - claimed) / (claimed * (1.0 - claimed))
+    scores = (_posterior(likelihoods, bits, claimed) - claimed) / (claimed * (1.0 - claimed))
     shift = np.zeros(len(claimed))
-    for _ in range(_TURNS if hits.shape[1] else 0):
+    for _ in range(_TURNS if likelihoods.shape[1] else 0):
         shifted = np.clip(claimed + shift[:, np.newaxis], 1e-3, 1.0 - 1e-3)
-        step = (_posterior(hits, bits, shifted) - shifted).mean(axis=1)
+        step = (_posterior(likelihoods, bits, shifted) - shifted).mean(axis=1)
         shift = shift + step
         if np.abs(step).max() < _SETTLED:
             break
     return scores, shift
 
 
-def _posterior(hits: Bits, bits: Bits, probabilities: FloatArray) -> FloatArray:
+def _posterior(likelihoods: FloatArray, bits: Bits, probabilities: FloatArray) -> FloatArray:
     """Return each model's probability of having been kept, given what each element is; shape (k, m)."""
-    weights = hits.astype(np.float64)
+    weights = likelihoods.copy()
     for row, mask in enumerate(bits):
         weights[row] *= np.where(mask[:, np.newaxis], probabilities, 1.0 - probabilities).prod(axis=0)
     weights /= np.maximum(weights.sum(axis=0), 1e-300)
