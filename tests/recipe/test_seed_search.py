@@ -172,6 +172,29 @@ def test_many_wrong_ones_among_many_observations() -> None:
     assert found >= 38  # 8 stages may each reject one in a thousand
 
 
+@pytest.mark.parametrize("density", ["0.3", "0.9"])
+def test_several_bits_of_a_far_observation_are_asked_for(density: str) -> None:
+    """As many kept as dropped, some of either kind wrong, and a density that tells one kind by its highest bits."""
+    rng = np.random.default_rng(9)
+    found = 0
+    for seed in range(20):
+        elements, thresholds, kept = from_torch(seed, density, some(rng, 2000, 5_000, 20_000))
+        chosen = np.sort(
+            np.concatenate([rng.choice(np.flatnonzero(kept == kind), 96, False) for kind in (True, False)])
+        )
+        seen = wrong(rng, (elements[chosen], thresholds[chosen], kept[chosen]), 15)
+        found += search(*seen, count=64, tolerated=0.08).seeds == (seed,)
+    assert found >= 18
+
+
+def test_leading_bits_are_those_that_all_draws_share() -> None:
+    for threshold in (1, SCALE // 8, SCALE // 8 + 1, SCALE // 3, SCALE // 2, SCALE - SCALE // 8, SCALE - 1):
+        for kept, (low, high) in ((True, (0, threshold - 1)), (False, (threshold, SCALE - 1))):
+            seen = seed_search._checked(np.array([5]), np.array([threshold]), np.array([kept]), 0.0)
+            shared = 24 - (low ^ high).bit_length()
+            assert seed_search._leading_bits(seen).tolist() == [shared]
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seed_search, "BLOCK", 2**10)

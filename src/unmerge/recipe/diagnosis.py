@@ -30,6 +30,8 @@ FIRST_LOOK = 0.99
 """A changed claim that makes less than this share of one tensor is not tried on the others."""
 CLOSE = 0.005
 """Round decimals so near to an estimate are likelier than others."""
+SIDEWAYS = (0.1, 0.05, 0.2, 0.15, 0.3)
+"""How far from a claimed density others are tried, where the estimate is not what does it."""
 AGREE = 0.02
 """Densities that the number kept and the size of what is kept say agree within this."""
 ALIKE = 0.02
@@ -262,6 +264,17 @@ def _random_numbers(case: Case) -> Iterator[Finding]:
             for value in _decimals(near):
                 if value != float(claim.value):
                     yield _number(case.hypothesis, claim, value)
+    for claim in case.numbers:
+        nears = estimates.of_claim(claim) if claim.parameter.name == "density" else ()
+        for value in _beyond(float(claim.value), nears[-1]) if nears else ():
+            yield _number(case.hypothesis, claim, value)
+
+
+def _beyond(stands: float, near: float) -> list[float]:
+    """Return densities on the side where an estimate is: with many masks it is drawn to what the recipe says."""
+    side = 1.0 if near > stands else -1.0
+    values = (round(stands + side * step, 2) for step in SIDEWAYS)
+    return [value for value in values if 0.0 < value < 1.0]
 
 
 def _decimals(near: float) -> list[float]:

@@ -46,6 +46,8 @@ BLOCK = 2**20
 MISSED = 3e-3
 """How probably a stage of the test may reject a seed with all the contradictions that are allowed, placed at random.
 With half as many it is far less, and where few are allowed it is none."""
+EVEN = 0.2
+"""Kept and dropped elements are as many as each other if their numbers differ by less than this share."""
 MOST_BITS = 4
 """Bits of one observation that are asked for before the whole of it is."""
 _SEEDING, _VERIFYING = 4.0, 130.0
@@ -124,7 +126,8 @@ def search(
     first, count : int
         The seeds to test; by default all. ``count=2**20`` covers those that people choose.
     tolerated : float
-        Fraction of the observations that may disagree, from 0; rounded down to whole observations.
+        Fraction of the observations that may disagree, from 0; rounded down to whole observations. Where about as many
+        are kept as dropped, a seed may be missed that disagrees with a larger fraction of either kind.
     workers : int, optional
         Threads; all cores by default. Changes no result.
     state : Path, optional
@@ -313,7 +316,8 @@ def _stages(seen: _Observations, masks: Words, starts: NDArray[np.int64]) -> lis
     leading = _leading_bits(seen)
     telling = np.flatnonzero(leading)
     order = np.random.default_rng(0).permutation(telling)  # neighbours may be wrong together
-    limits = [_limit(len(leading), seen.allowed, drawn) for drawn in range(len(order) + 1)]
+    population = _population(seen, len(order))
+    limits = [_limit(population, seen.allowed, drawn) for drawn in range(len(order) + 1)]
     plans = [(bits, *_cuts(limits, np.minimum(leading[order], bits))) for bits in range(1, MOST_BITS + 1)]
     bits, cuts, _ = min(plans, key=lambda plan: plan[2])
     stages = []
@@ -327,6 +331,16 @@ def _stages(seen: _Observations, masks: Words, starts: NDArray[np.int64]) -> lis
     return stages
 
 
+def _population(seen: _Observations, telling: int) -> int:
+    """Return among how many observations the wrong ones are thought to be at random.
+
+    Of as many kept elements as dropped ones, among all: either kind has its share. Else all may be among the telling
+    ones: they are the rarer kind, which holds most of what was misread.
+    """
+    kept = int(seen.kept.sum())
+    return len(seen.kept) if abs(2 * kept - len(seen.kept)) <= EVEN * len(seen.kept) else telling
+
+
 def _leading_bits(seen: _Observations) -> NDArray[np.int64]:
     """Return how many of the highest bits of each draw are told: zeros under a threshold, ones from it on."""
     under = [24 - (threshold - 1).bit_length() for threshold in seen.thresholds.tolist()]
@@ -335,7 +349,7 @@ def _leading_bits(seen: _Observations) -> NDArray[np.int64]:
 
 
 def _limit(population: int, allowed: int, drawn: int) -> int:
-    """Return how many contradictions may be among observations drawn from all, which have those allowed."""
+    """Return how many contradictions may be among observations drawn from a population that has those allowed."""
     wrong, cases = min(allowed, population), 0
     for limit in range(min(wrong, drawn), 0, -1):
         cases += math.comb(wrong, limit) * math.comb(population - wrong, drawn - limit)
