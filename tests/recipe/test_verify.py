@@ -177,6 +177,39 @@ def test_a_false_claim_is_named(merges: Merges, lie: Lie) -> None:
     assert found.wrong_claims[0].restored > 0.999
 
 
+@pytest.mark.parametrize("seed", [SEED, None], ids=["seed told", "no seed"])
+@pytest.mark.parametrize(
+    ("name", "says", "truth"), [("dare_linear", 0.5, 0.6), ("dare_ties", 0.5, 0.6), ("della", 0.6, 0.5)]
+)
+def test_a_false_density_of_random_masks_is_named(
+    merges: Merges, name: str, says: float, truth: float, seed: int | None
+) -> None:
+    found = merges.verify(name, Lie(name, density(1), says, "", "").told(), seed=seed)
+    assert [claim.text.partition(":")[0] for claim in found.wrong_claims] == ["density of code"]
+    # So few elements tell a distribution to some hundredths only; bits tell all.
+    assert abs(float(found.wrong_claims[0].found) - truth) <= (0.02 if seed is None else 0.0)
+    assert found.wrong_claims[0].restored is not None
+    assert found.wrong_claims[0].restored > 0.999
+
+
+def test_with_the_seed_small_lies_are_told_by_bits(merges: Merges) -> None:
+    for where, says, text in (
+        (density(0), 0.605, said("density of math", 0.605, 0.6)),
+        (weight(1), 0.41, said("weight of code", 0.41, 0.4)),
+    ):
+        found = merges.verify("dare_linear", Lie("dare_linear", where, says, "", "").told(), seed=SEED)
+        assert [claim.text for claim in found.wrong_claims] == [text]
+        assert found.counts is not None
+        assert found.masks == ()
+
+
+def test_a_false_seed_and_a_false_density_are_both_named(merges: Merges) -> None:
+    claim = Lie("dare_linear", density(1), 0.7, "", "").told()
+    found = merges.verify("dare_linear", claim, seed=SEED + 1)
+    assert [item.claim for item in found.wrong_claims] == ["density", "seed"]
+    assert said("density of code", 0.7, 0.6) in found.reason
+
+
 def test_two_false_weights_are_both_named(merges: Merges) -> None:
     claim = {
         **TRUTHS["task_arithmetic"],
