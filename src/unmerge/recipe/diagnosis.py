@@ -139,7 +139,7 @@ def diagnose(case: Case) -> Iterator[tuple[Finding, ...]]:
 
 def _stages(case: Case) -> tuple[Callable[[Case], Iterator[Finding]], ...]:
     """Return what is tried, the likeliest first."""
-    first: tuple[Callable[[Case], Iterator[Finding]], ...] = (_machines, _smooth_numbers, _seeds, _members, _thresholds)
+    first: tuple[Callable[[Case], Iterator[Finding]], ...] = (_machines, _smooth_numbers, _members, _thresholds, _seeds)
     if case.hypothesis.open_masks:
         # Masks and sizes explain what wrong numbers made, and not what another member made.
         by_masks = judge(case.probes.first(1), case.hypothesis).share >= EXPLAINED
