@@ -1,11 +1,12 @@
 """The command: measure what is not there yet, print every part against its limits, and write the page.
 
-``python -m benchmarks evidence [PART ...] [--folder DIR] [--limit N] [--page FILE]``
+``python -m benchmarks evidence [PART ...] [--folder DIR] [--seed S] [--limit N] [--jobs N] [--page FILE]``
 
 Parts are ``design``, ``hard``, ``coverage`` and ``edits``; all of them by default. Every target that was
 taken apart is one line of ``DIR/PART.jsonl`` and is not taken apart again: delete the file to measure anew. The folder
-also holds the experiment and the crowd, which are trained first if they are missing. ``--limit 0`` measures nothing
-and reports what is there.
+also holds the experiment and, for ``hard``, the crowd, which are trained first if they are missing. ``--limit 0``
+measures nothing and reports what is there. Another ``--seed`` draws other targets, kept in ``DIR/PART-S.jsonl``, and
+writes no page.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from joblib import Parallel, delayed
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks.evidence import coverage, design, edits, hard
 from benchmarks.evidence.bench import Bench
 from benchmarks.evidence.figure import write_figure
-from benchmarks.evidence.material import prepare
-from benchmarks.evidence.mixes import Mix
+from benchmarks.evidence.material import Material, prepare, train_crowd
+from benchmarks.evidence.mixes import SEED, Mix
 from benchmarks.evidence.report import Report, markdown, show
 from benchmarks.evidence.rows import Row, Store, chosen
 
@@ -46,21 +49,24 @@ class Part:
     Attributes
     ----------
     plan : callable
-        Returns all targets.
+        Returns all targets that a seed draws.
     measure : callable
         Takes a merged target apart.
     report : callable
         Makes tables and checks of rows.
+    crowd : bool
+        Whether the crowd's fine-tunes are needed.
     """
 
-    plan: Callable[[], list[Mix]]
+    plan: Callable[[int], list[Mix]]
     measure: Callable[[Bench, Mix, Path], Row]
     report: Callable[[Sequence[Row]], Report]
+    crowd: bool = False
 
 
 PARTS = {
     "design": Part(design.plan, design.measure, design.report),
-    "hard": Part(hard.plan, hard.measure, hard.report),
+    "hard": Part(hard.plan, hard.measure, hard.report, crowd=True),
     "coverage": Part(coverage.plan, coverage.measure, coverage.report),
     "edits": Part(edits.plan, edits.measure, edits.report),
 }
@@ -71,14 +77,15 @@ def run(arguments: Sequence[str] = ()) -> bool:
     options = _parse(arguments)
     console = Console()
     console.width = max(console.width, _WIDTH)  # a narrow table of many columns cannot be read
-    bench = Bench(prepare(options.folder))
+    material = prepare(options.folder)
     met = True
     for name in options.parts or PARTS:
-        rows = _measure(bench, name, options.limit)
+        rows = _measure(material, name, options)
         report = PARTS[name].report(rows)
         show(report, console)
         met = met and all(check.met for check in report.checks)
-    write_page(_every_row(bench), options.page)
+    if options.seed == SEED:
+        write_page(_every_row(material), options.page)
     return met
 
 
@@ -86,6 +93,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks evidence", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; by default all")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything is kept")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the draws")
+    parser.add_argument("--jobs", type=int, default=1, help="targets that are taken apart at the same time")
     parser.add_argument("--limit", type=int, help="measure at most this many targets of each part")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write; its figure goes into figures/")
     options = parser.parse_args(arguments)
@@ -95,24 +104,44 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _store(bench: Bench, name: str) -> Store:
-    return Store(bench.material.folder / f"{name}.jsonl")
+def _store(material: Material, name: str, seed: int) -> Store:
+    return Store(material.folder / (f"{name}.jsonl" if seed == SEED else f"{name}-{seed}.jsonl"))
 
 
-def _measure(bench: Bench, name: str, limit: int | None) -> list[Row]:
-    """Measure the targets of a part that are missing, at most `limit`, and return all rows of the plan."""
-    part, store = PARTS[name], _store(bench, name)
-    plan, done = part.plan(), store.read()
-    missing = [mix for mix in plan if mix.name not in done][:limit]
-    for mix in track(missing, name, console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        with bench.merged(mix) as merged:
-            store.append(part.measure(bench, mix, merged))
+def _measure(material: Material, name: str, options: argparse.Namespace) -> list[Row]:
+    """Measure the targets of a part that are missing, at most `--limit`, and return all rows of the plan."""
+    part, store = PARTS[name], _store(material, name, options.seed)
+    plan, done = part.plan(options.seed), store.read()
+    missing = [mix for mix in plan if mix.name not in done][: options.limit]
+    if missing and part.crowd:
+        train_crowd(material)
+    for mix in missing:  # before they are asked for by several processes
+        for ingredient in mix.weights:
+            material.checkpoint(ingredient, mix.change)
+    work = (delayed(_row)(material, name, mix) for mix in missing)
+    rows = Parallel(n_jobs=options.jobs, return_as="generator_unordered")(work)
+    console = Console(stderr=True)
+    for row in track(rows, name, total=len(missing), console=console, disable=not sys.stderr.isatty()):
+        store.append(row)
     return chosen(store.read(), plan)
 
 
-def _every_row(bench: Bench) -> dict[str, list[Row]]:
-    stored = {name: _store(bench, name).read() for name in PARTS}
-    return {name: chosen(rows, PARTS[name].plan()) for name, rows in stored.items() if rows}
+def _row(material: Material, name: str, mix: Mix) -> Row:
+    """Merge a mix and take it apart."""
+    bench = _opened(material)
+    with bench.merged(mix) as merged:
+        return PARTS[name].measure(bench, mix, merged)
+
+
+@cache
+def _opened(material: Material) -> Bench:
+    """Return what all targets of a process share."""
+    return Bench(material)
+
+
+def _every_row(material: Material) -> dict[str, list[Row]]:
+    stored = {name: _store(material, name, SEED).read() for name in PARTS}
+    return {name: chosen(rows, PARTS[name].plan(SEED)) for name, rows in stored.items() if rows}
 
 
 def write_page(rows: Mapping[str, Sequence[Row]], path: Path) -> None:

@@ -24,9 +24,9 @@ FLOOR_LIMIT, TRUTH_LIMIT = 0.005, 0.03
 _TRUTH = "true_unexplained"
 
 
-def plan() -> list[Mix]:
+def plan(seed: int) -> list[Mix]:
     """Return the targets."""
-    return coverage_mixes()
+    return coverage_mixes(seed)
 
 
 def measure(bench: Bench, mix: Mix, merged: Path) -> Row:

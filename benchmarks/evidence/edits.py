@@ -26,11 +26,11 @@ EXAMPLES = 128
 _UNEDITED = "unedited"
 
 
-def plan() -> list[Mix]:
+def plan(seed: int) -> list[Mix]:
     """Return the targets."""
     from unmerge.experiment.edits import EDITS
 
-    return edited_mixes(list(EDITS))
+    return edited_mixes(list(EDITS), seed)
 
 
 def measure(bench: Bench, mix: Mix, merged: Path) -> Row:

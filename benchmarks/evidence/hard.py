@@ -46,9 +46,9 @@ KINDS = ("sibling", "other", "twin")
 PEER_VERDICT = "modelDNA"
 
 
-def plan() -> list[Mix]:
+def plan(seed: int) -> list[Mix]:
     """Return the targets."""
-    return hard_mixes(every_name())
+    return hard_mixes(every_name(), seed)
 
 
 def measure(bench: Bench, mix: Mix, merged: Path) -> Row:

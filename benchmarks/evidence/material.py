@@ -123,12 +123,16 @@ def lora_scale(adapter: Path) -> float:
 
 
 def prepare(folder: Path) -> Material:
-    """Make what is missing of the experiment (ten minutes on 2 cores) and the crowd (25 minutes)."""
-    material = Material(folder)
+    """Run the experiment, if that was not done (ten minutes on 2 cores)."""
+    material = Material(folder.resolve())
     experiment = folder / "experiment"
     if not (experiment / layout.RESULTS).exists():
         run_experiment(PRESET, experiment, seeds=SEEDS)
+    return material
+
+
+def train_crowd(material: Material) -> None:
+    """Train what is missing of the crowd (25 minutes on 2 cores)."""
     for member in members(WORLDS):
         if not all(material.adapter(name).exists() for name in member.names):
-            train_member(member, material.base, folder / "crowd")
-    return material
+            train_member(member, material.base, material.folder / "crowd")

@@ -35,7 +35,8 @@ CHANGES = (0.003, 0.01, 0.03)
 COVERED = {"known": 120, "mixed": 60}
 """Merges for each size of change."""
 EDITED = 4
-_SEED = 20
+SEED = 20
+"""Of the draws that the page is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +122,13 @@ def _design_mix(target: Target) -> Mix:
     )
 
 
-def hard_mixes(pool: Sequence[str]) -> list[Mix]:
+def hard_mixes(pool: Sequence[str], seed: int = SEED) -> list[Mix]:
     """Draw all hard mixes; any first ones of the list have dictionaries of every size."""
     every = [((number + 0.5) / count, size, number) for size, count in HARD.items() for number in range(count)]
-    return [draw_hard(pool, size, number) for _, size, number in sorted(every)]
+    return [draw_hard(pool, size, number, seed) for _, size, number in sorted(every)]
 
 
-def draw_hard(pool: Sequence[str], size: int, number: int) -> Mix:
+def draw_hard(pool: Sequence[str], size: int, number: int, seed: int = SEED) -> Mix:
     """Draw a mix of up to three atoms and up to two strangers, siblings of atoms among them.
 
     Parameters
@@ -138,8 +139,10 @@ def draw_hard(pool: Sequence[str], size: int, number: int) -> Mix:
         Atoms in the dictionary.
     number : int
         The mix; the method follows from it.
+    seed : int
+        Of all draws.
     """
-    generator = np.random.default_rng([_SEED, size, number])
+    generator = np.random.default_rng([seed, size, number])
     method = METHODS[number % len(METHODS)]
     present, strangers = _draw_counts(generator, least=2 if method == "ties" else 1)
     inside: list[str] = []
@@ -157,7 +160,7 @@ def draw_hard(pool: Sequence[str], size: int, number: int) -> Mix:
         method=method,
         weights={one: round(weights[one], 4) for one in order},
         dictionary=dictionary,
-        seed=part_seed(_SEED, name),
+        seed=part_seed(seed, name),
         options=OPTIONS[method],
     )
 
@@ -224,7 +227,7 @@ def _sibling(generator: np.random.Generator, name: str, free: Sequence[str]) -> 
     return found[int(generator.integers(len(found)))] if found else None
 
 
-def coverage_mixes() -> list[Mix]:
+def coverage_mixes(seed: int = SEED) -> list[Mix]:
     """Draw linear merges of adapters whose changes are rescaled, interleaved over sizes and groups."""
     every = [
         ((number + 0.5) / count, change, group, number)
@@ -232,33 +235,33 @@ def coverage_mixes() -> list[Mix]:
         for group, count in COVERED.items()
         for number in range(count)
     ]
-    return [draw_coverage(change, group, number) for _, change, group, number in sorted(every)]
+    return [draw_coverage(change, group, number, seed) for _, change, group, number in sorted(every)]
 
 
-def draw_coverage(change: float, group: str, number: int) -> Mix:
+def draw_coverage(change: float, group: str, number: int, seed: int = SEED) -> Mix:
     """Draw a linear merge of two to four components, one of them unknown if `group` is ``mixed``."""
-    generator = np.random.default_rng([_SEED + 1, round(change * 1e4), list(COVERED).index(group), number])
-    seed = number % len(SEEDS)
+    generator = np.random.default_rng([seed + 1, round(change * 1e4), list(COVERED).index(group), number])
+    world = number % len(SEEDS)
     count = int(generator.integers(2, 5))
     known = count - (group == "mixed")
-    names = [str(name) for name in generator.choice(dictionary_of(seed), known, replace=False)]
-    names += [str(name) for name in generator.choice(strangers_of(seed), count - known, replace=False)]
+    names = [str(name) for name in generator.choice(dictionary_of(world), known, replace=False)]
+    names += [str(name) for name in generator.choice(strangers_of(world), count - known, replace=False)]
     weights = {name: round(float(generator.uniform(0.1, 1.0)), 4) for name in names}
     name = f"{change:.1%}-{group}-{number:03d}"
-    return Mix(name, group, "linear", weights, dictionary_of(seed), part_seed(_SEED, name), change=change)
+    return Mix(name, group, "linear", weights, dictionary_of(world), part_seed(seed, name), change=change)
 
 
-def edited_mixes(edits: Sequence[str]) -> list[Mix]:
+def edited_mixes(edits: Sequence[str], seed: int = SEED) -> list[Mix]:
     """Draw mixed merges of moderate weights, each as it is and after every edit."""
-    every = [draw_edited(number, edit) for number in range(EDITED) for edit in (None, *edits)]
+    every = [draw_edited(number, edit, seed) for number in range(EDITED) for edit in (None, *edits)]
     return sorted(every, key=lambda mix: mix.edit is not None)
 
 
-def draw_edited(number: int, edit: str | None) -> Mix:
+def draw_edited(number: int, edit: str | None, seed: int = SEED) -> Mix:
     """Draw a merge of two atoms and a stranger."""
-    generator = np.random.default_rng([_SEED + 2, number])
-    method, seed = METHODS[number % len(METHODS)], number // len(METHODS) % len(SEEDS)
-    names = [*generator.choice(dictionary_of(seed), 2, replace=False), generator.choice(strangers_of(seed))]
+    generator = np.random.default_rng([seed + 2, number])
+    method, world = METHODS[number % len(METHODS)], number // len(METHODS) % len(SEEDS)
+    names = [*generator.choice(dictionary_of(world), 2, replace=False), generator.choice(strangers_of(world))]
     weights = {str(name): round(float(generator.uniform(0.2, 0.5)), 4) for name in names}
     stem = f"{number:02d}-{method}"
     return Mix(
@@ -266,8 +269,8 @@ def draw_edited(number: int, edit: str | None) -> Mix:
         group="mixed",
         method=method,
         weights=weights,
-        dictionary=dictionary_of(seed),
-        seed=part_seed(_SEED, stem),
+        dictionary=dictionary_of(world),
+        seed=part_seed(seed, stem),
         options=OPTIONS[method],
         edit=edit,
     )

@@ -21,12 +21,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.evidence.command import FOLDER
-from benchmarks.evidence.material import Material
+from benchmarks.evidence.material import Material, prepare
 from benchmarks.evidence.report import Report, markdown, show
 from benchmarks.recipes import recovered, recovering, verifying
 from benchmarks.recipes.cases import cases
 from benchmarks.recipes.lies import claims
-from benchmarks.recipes.making import prepare
 from benchmarks.recipes.rows import Recovered, Store, Verified
 
 PAGE = Path("docs") / "recipes_measured.md"

@@ -9,19 +9,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.evidence.material import PRESET, SEEDS, Material
+from benchmarks.evidence.material import Material
 from benchmarks.recipes.cases import Document
 from unmerge.errors import UnmergeError
-from unmerge.experiment import layout
-from unmerge.experiment.run import run as run_experiment
-
-
-def prepare(folder: Path) -> Material:
-    """Train the fine-tunes, where that was not done (ten minutes on 2 cores)."""
-    experiment = folder / "experiment"
-    if not (experiment / layout.RESULTS).exists():
-        run_experiment(PRESET, experiment, seeds=SEEDS)
-    return Material(folder.resolve())
 
 
 def path_of(material: Material, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unmerge.evidence.low_rank import Factors, leading, refitted, tangent, variance
+from unmerge.evidence.low_rank import Factors, leading, refitted, tangents, variance
 from unmerge.statistics import FloatArray
 
 
@@ -58,7 +58,7 @@ def test_tangent_is_the_dense_least_squares_solution() -> None:
     rng = np.random.default_rng(3)
     precision, at = planted(3, 2, (12, 9))
     force = rng.standard_normal((12, 9))
-    left, right = tangent(force, precision, at)
+    [(left, right)] = tangents([force], precision, at)
     basis = [np.outer(np.eye(12)[i], at.right[:, k]) for i in range(12) for k in range(2)]
     basis += [np.outer(at.left[:, k], np.eye(9)[j]) for j in range(9) for k in range(2)]
     dense = np.array([one.ravel() for one in basis]).T

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from unmerge.evidence.lattice import Block, Seen, Stranger, seen
-from unmerge.evidence.low_rank import Factors, leading, refitted, tangent, variance
+from unmerge.evidence.low_rank import Factors, leading, refitted, tangents, variance
 from unmerge.statistics import FloatArray
 
 SCHEDULE = ((0.1, 4), (0.03, 3), (0.01, 3))
@@ -35,6 +35,8 @@ LOW = 4
 """The rank of a stranger is at most that of the block by this."""
 LARGEST = 0.05
 """Change of a weight in one turn at most."""
+GIVEN_UP = 0.5
+"""Part of a stranger's weight that one turn may give to the known atoms."""
 LONGEST, SHORTEST = 8.0, 0.06
 """Multiples of a step that are tried."""
 EVERY = 4
@@ -170,6 +172,8 @@ def _turn(blocks: Sequence[Block], state: _State, noise: float, *, search: bool)
     gradient = sum((score.sum(axis=1) for score in scores), np.zeros(len(state.weights)))
     curvature = sum((score @ score.T for score in scores), np.zeros((len(gradient), len(gradient))))
     step = np.linalg.lstsq(curvature, gradient, rcond=1e-12)[0].clip(-LARGEST, LARGEST)
+    # First steps are rough: a small stranger must not be stepped over.
+    step = step * min(1.0, GIVEN_UP * state.share / max(float(step.sum()), 1e-30))
     improved = _State(state.weights, tuple(strangers))
     moved = _moved(improved, moves, step if search else _length(blocks, improved, moves, step, noise) * step)
     return moved if moved.share > LEAST else None
@@ -197,7 +201,7 @@ def _better(stranger: Stranger, found: Seen, *, search: bool) -> tuple[Stranger,
 def _moves(
     block: Block, factors: Factors, precision: FloatArray, share: float
 ) -> Sequence[tuple[FloatArray, FloatArray]]:
-    return [tangent(precision * change / share, precision, factors) for change in block.changes]
+    return tangents([precision * change / share for change in block.changes], precision, factors)
 
 
 def _beside(block: Block, factors: Factors, moves: Sequence[tuple[FloatArray, FloatArray]], share: float) -> FloatArray:

@@ -7,6 +7,7 @@ own. Reference: Gabriel and Zamir, Lower rank approximation of matrices by least
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,13 +64,19 @@ def refitted(values: FloatArray, precision: FloatArray, factors: Factors) -> Fac
     return Factors(left, right)
 
 
-def tangent(force: FloatArray, precision: FloatArray, at: Factors) -> tuple[FloatArray, FloatArray]:
-    """Return how the factors move, shapes (n, r) and (m, r), if every element is pulled.
+def tangents(forces: Sequence[FloatArray], precision: FloatArray, at: Factors) -> list[tuple[FloatArray, FloatArray]]:
+    """Return how the factors move, shapes (n, r) and (m, r), if every element is pulled; for each of some pulls.
 
     The moves minimise sum(precision * move**2) / 2 - sum(force * move) with move = left' R' + L right'.
     """
-    left, right = np.zeros_like(at.left), np.zeros_like(at.right)
     inverses = _inverses(precision, at.right), _inverses(precision.T, at.left)
+    return [_tangent(force, precision, at, inverses) for force in forces]
+
+
+def _tangent(
+    force: FloatArray, precision: FloatArray, at: Factors, inverses: tuple[FloatArray, FloatArray]
+) -> tuple[FloatArray, FloatArray]:
+    left, right = np.zeros_like(at.left), np.zeros_like(at.right)
     for _ in range(TANGENT_TURNS):
         rest = force - precision * (at.left @ right.T)
         left = _solved(inverses[0], rest @ at.right)

@@ -1,0 +1,168 @@
+"""The arithmetic of `lattice`, one element after the other, compiled.
+
+Of the steps that a stranger may have been rounded to, only those are summed whose cell can hold the element: a few,
+where array arithmetic would have to take all of them for all elements. Compiled code is kept beside this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+
+from unmerge.statistics import FloatArray
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+STRAY = 1e-6
+"""Probability of an element that nothing accounts for."""
+_FAR, _OUT = 35.0, 8.0
+_DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
+
+
+def _compiled(function: Function) -> Function:
+    return cast("Function", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+@_compiled
+def _normal(at: float) -> tuple[float, float]:
+    """Return the normal distribution, exact to 1e-15 also where it is small, and its density; one exponential for both.
+
+    Hart's rational approximation, in: West, Better approximations to cumulative normal functions, 2005.
+    """
+    size = abs(at)
+    bell = math.exp(-0.5 * size * size)
+    if size < 7.07106781186547:
+        upper = 3.52624965998911e-2 * size + 0.700383064443688
+        upper = upper * size + 6.37396220353165
+        upper = upper * size + 33.912866078383
+        upper = upper * size + 112.079291497871
+        upper = upper * size + 221.213596169931
+        upper = upper * size + 220.206867912376
+        lower = 8.83883476483184e-2 * size + 1.75566716318264
+        lower = lower * size + 16.064177579207
+        lower = lower * size + 86.7807322029461
+        lower = lower * size + 296.564248779674
+        lower = lower * size + 637.333633378831
+        lower = lower * size + 793.826512519948
+        lower = lower * size + 440.413735824752
+        tail = bell * upper / lower
+    else:
+        fraction = size + 1.0 / (size + 2.0 / (size + 3.0 / (size + 4.0 / (size + 0.65))))
+        tail = bell * _DENSITY / fraction
+    return (1.0 - tail if at > 0.0 else tail), _DENSITY * bell
+
+
+@_compiled
+def _step(at: float) -> tuple[float, float]:
+    """Return the same; far out, where the rest is nothing, 0 and 1."""
+    if abs(at) < _OUT:
+        return _normal(at)
+    return (1.0 if at > 0.0 else 0.0), 0.0
+
+
+@_compiled
+def see_continuous(
+    low: float, high: float, spacing: float, noise: float, middle: float, error: float, share: float
+) -> tuple[float, float, float, float]:
+    """Return probability, score, mean and variance of an element in which rounding of the stranger is noise."""
+    spread = math.sqrt((share * error) ** 2 + (share * spacing) ** 2 / 12.0 + noise**2)
+    below, above = (low - share * middle) / spread, (high - share * middle) / spread
+    sign = 1.0
+    if below > 0.0:
+        # The lower tail is the one that is computed without cancellation.
+        below, above, sign = -above, -below, -1.0
+    below, above = min(max(below, -_FAR), _FAR), min(max(above, -_FAR), _FAR)
+    (to_low, at_low), (to_high, at_high) = _normal(below), _normal(above)
+    probability = max(to_high - to_low, 1e-300)
+    pull = sign * (at_low - at_high) / probability
+    left = min(max(1.0 + (below * at_low - above * at_high) / probability - pull**2, 0.0), 1.0)
+    gain = share * error**2 / spread
+    return probability, pull / spread, middle + gain * pull, error**2 - gain**2 * (1.0 - left)
+
+
+@_compiled
+def see_stepwise(
+    low: float, high: float, spacing: float, noise: float, middle: float, error: float, share: float, offsets: int
+) -> tuple[float, float, float, float]:
+    """Return the same of an element in which the stranger's steps, `offsets` to each side, are told apart."""
+    nearest = round(middle / spacing)
+    step, unit = share * spacing / noise, spacing / error
+    low, high = low / noise, high / noise
+    # Of other steps the cell is out of reach.
+    first_step = max(nearest - offsets, math.ceil((low - _OUT) / step))
+    last_step = min(nearest + offsets, math.floor((high + _OUT) / step))
+    total = score = first = second = 0.0
+    edge = (first_step - 0.5) * unit - middle / error
+    below, at_edge = _step(edge)
+    for number in range(first_step, last_step + 1):
+        upper = edge + unit
+        above, at_upper = _step(upper)
+        (to_low, at_low), (to_high, at_high) = _step(low - number * step), _step(high - number * step)
+        inside, chance = to_high - to_low, above - below
+        total += chance * inside
+        score += chance * (at_low - at_high)
+        first += (at_edge - at_upper) * inside
+        second += (chance + edge * at_edge - upper * at_upper) * inside
+        edge, below, at_edge = upper, above, at_upper
+    whole = total + STRAY
+    mean = first / whole
+    # An element that nothing accounts for says nothing: its share of the answer is what was known before.
+    spread = (second + STRAY) / whole - mean**2
+    return total, score / (whole * noise), middle + error * mean, error**2 * max(spread, 0.0)
+
+
+@_compiled
+def see(
+    low: FloatArray,
+    high: FloatArray,
+    spacing: FloatArray,
+    noise: FloatArray,
+    middle: FloatArray,
+    error: FloatArray,
+    share: float,
+    limits: FloatArray,
+    offsets: FloatArray,
+    found: FloatArray,
+) -> float:
+    """Look at m elements.
+
+    Parameters
+    ----------
+    low, high, spacing, noise, middle, error : array, shape (m,)
+        The cell less what the known atoms give, the base's steps, the noise, and what is known of the stranger.
+    share : float
+        The stranger's weight.
+    limits : array, shape (O,)
+        Errors in steps, ascending, up to each of which so many `offsets` are summed; beyond the last, none.
+    offsets : array, shape (O,)
+        Steps to each side.
+    found : array, shape (3, m)
+        Filled with score, mean and variance.
+
+    Returns
+    -------
+    float
+        The likelihood's natural logarithm.
+    """
+    likelihood = 0.0
+    for place in range(len(low)):
+        ratio = error[place] / spacing[place]
+        reach = 0
+        for number in range(len(limits)):
+            if ratio <= limits[number]:
+                reach = int(offsets[number])
+                break
+        if reach:
+            seen = see_stepwise(
+                low[place], high[place], spacing[place], noise[place], middle[place], error[place], share, reach
+            )
+        else:
+            seen = see_continuous(
+                low[place], high[place], spacing[place], noise[place], middle[place], error[place], share
+            )
+        likelihood += math.log(seen[0] + STRAY)
+        found[0, place], found[1, place], found[2, place] = seen[1], seen[2], seen[3]
+    return likelihood
