@@ -12,15 +12,12 @@ writes no page.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from joblib import Parallel, delayed
 from rich.console import Console
-from rich.progress import track
 
 from benchmarks.evidence import coverage, design, edits, hard
 from benchmarks.evidence.bench import Bench
@@ -29,6 +26,7 @@ from benchmarks.evidence.material import Material, prepare, train_crowd
 from benchmarks.evidence.mixes import SEED, Mix
 from benchmarks.evidence.report import Report, markdown, show
 from benchmarks.evidence.rows import Row, Store, chosen
+from benchmarks.jobs import measured
 
 FOLDER = Path(".cache") / "evidence"
 PAGE = Path("docs") / "evidence_measured.md"
@@ -118,10 +116,7 @@ def _measure(material: Material, name: str, options: argparse.Namespace) -> list
     for mix in missing:  # before they are asked for by several processes
         for ingredient in mix.weights:
             material.checkpoint(ingredient, mix.change)
-    work = (delayed(_row)(material, name, mix) for mix in missing)
-    rows = Parallel(n_jobs=options.jobs, return_as="generator_unordered")(work)
-    console = Console(stderr=True)
-    for row in track(rows, name, total=len(missing), console=console, disable=not sys.stderr.isatty()):
+    for row in measured(partial(_row, material, name), missing, name, options.jobs):
         store.append(row)
     return chosen(store.read(), plan)
 

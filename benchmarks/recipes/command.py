@@ -1,6 +1,6 @@
 """The command: measure what is not there yet, print every part against its limits, and write the page.
 
-``python -m benchmarks recipes [recover|verify ...] [--folder DIR] [--limit N] [--page FILE]``
+``python -m benchmarks recipes [recover|verify ...] [--folder DIR] [--limit N] [--jobs N] [--page FILE]``
 
 Every merge that was recovered, and every recipe that was verified, is one line of ``DIR/recover.jsonl`` or
 ``DIR/verify.jsonl`` and is not measured again: delete the line, or the file, to measure anew. The folder also holds the
@@ -11,18 +11,18 @@ there.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
 from benchmarks.evidence.command import FOLDER
 from benchmarks.evidence.material import Material, prepare
 from benchmarks.evidence.report import Report, markdown, show
+from benchmarks.jobs import measured
 from benchmarks.recipes import recovered, recovering, verifying
 from benchmarks.recipes.cases import cases
 from benchmarks.recipes.lies import claims
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str] = ()) -> bool:
     material = prepare(options.folder)
     met = True
     for name in options.parts or PARTS:
-        report = PARTS[name].report(_measure(material, name, options.limit))
+        report = PARTS[name].report(_measure(material, name, options))
         show(report, console)
         met = met and all(check.met for check in report.checks)
     write_page({name: _rows(material, name) for name in PARTS}, options.page)
@@ -86,6 +86,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks recipes", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; by default all")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything is kept")
+    parser.add_argument("--jobs", type=int, default=1, help="measurements at the same time")
     parser.add_argument("--limit", type=int, help="measure at most this many of each part")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(arguments)
@@ -99,13 +100,13 @@ def _store(material: Material, name: str) -> Store[Any]:
     return Store(material.folder / f"{name}.jsonl", PARTS[name].kind)
 
 
-def _measure(material: Material, name: str, limit: int | None) -> list[Any]:
-    """Measure what is missing of a part, at most `limit`, and return all its rows."""
+def _measure(material: Material, name: str, options: argparse.Namespace) -> list[Any]:
+    """Measure what is missing of a part, at most `--limit`, and return all its rows."""
     part, store = PARTS[name], _store(material, name)
     done = store.read()
-    missing = [item for item in part.plan() if item.name not in done][:limit]
-    for item in track(missing, name, console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        store.append(part.measure(material, item))
+    missing = [item for item in part.plan() if item.name not in done][: options.limit]
+    for row in measured(partial(part.measure, material), missing, name, options.jobs):
+        store.append(row)
     return _rows(material, name)
 
 
