@@ -102,6 +102,47 @@ def attribute(
     if decoys:
         extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
     threads = workers or os.cpu_count() or 1
+    others = nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle)
+    result, vector, regression = explain(
+        goal, dictionary, extra, origin, chosen, exact=exact, top_k=top_k, notices=others, workers=threads, start=start
+    )
+    if extract_to is not None:
+        _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
+    return result
+
+
+def explain(
+    goal: Target,
+    dictionary: Dictionary,
+    extra: Sequence[Atom],
+    base: Base,
+    solver: Solver,
+    *,
+    exact: bool = False,
+    top_k: int | None = None,
+    refined: bool = True,
+    notices: Sequence[str] = (),
+    workers: int = 1,
+    start: Start | None = None,
+) -> tuple[Attribution, TaskVector, Regression]:
+    """Attribute a target that was opened, to atoms that were opened; see `attribute`.
+
+    Parameters
+    ----------
+    refined : bool
+        Whether weights are estimated with what rounding did to them, and the rest looked at; without it they are the
+        test's own, which costs a fraction and says as well who is present.
+    notices : sequence of str
+        Further things to tell the user.
+
+    Returns
+    -------
+    Attribution
+    TaskVector
+        The target's, without what it holds of the base.
+    Regression
+        Of it.
+    """
 
     def solve(vector: TaskVector) -> Regression:
         return regress(
@@ -109,32 +150,31 @@ def attribute(
             goal.rows,
             dictionary,
             extra,
-            origin,
+            base,
             exact=exact,
             top_k=top_k,
             contacts=top_k is None,
-            workers=threads,
+            workers=workers,
             start=start,
         )
 
     vector, regression = goal.vector, solve(goal.vector)
-    share = base_share(regression, origin) if regression.contacts else None
+    share = base_share(regression, base) if regression.contacts else None
     if share and share.matters:
-        vector, found = without_base(vector, origin)
+        vector, found = without_base(vector, base)
         share, regression = replace(share, coefficient=found), solve(vector)
     result = summarise(
         regression,
-        chosen,
+        solver,
         vector,
         goal.reference,
-        origin,
+        base,
         set(goal.rows),
         base_coefficient=_base_coefficient(share),
-        notices=nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle),
+        notices=notices,
+        refined=refined,
     )
-    if extract_to is not None:
-        _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
-    return result
+    return result, vector, regression
 
 
 def _extract(

@@ -150,7 +150,8 @@ def _gram_times(delta: Delta, basis: FloatArray) -> FloatArray:
     with np.errstate(invalid="ignore", over="ignore"):  # who reads the product says what is wrong
         for start, stop in blocks(0, rows, columns):
             block, _ = delta.block(start, stop)
-            product += block.T @ (block @ basis)
+            if block.any():  # most tensors of most fine-tunes are the base's
+                product += block.T @ (block @ basis)
     return product
 
 

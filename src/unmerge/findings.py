@@ -147,7 +147,15 @@ class Findings:
     unknown: Unknown
 
 
-def examine(regression: Regression, solution: Solution, solver: Solver, target: TaskVector, base: Base) -> Findings:
+def examine(
+    regression: Regression,
+    solution: Solution,
+    solver: Solver,
+    target: TaskVector,
+    base: Base,
+    *,
+    refined: bool = True,
+) -> Findings:
     """Test every atom, estimate the weights of those that are present, and look at what they leave.
 
     Parameters
@@ -160,6 +168,9 @@ def examine(regression: Regression, solution: Solution, solver: Solver, target: 
         What it was solved with.
     target : TaskVector
         What the regression is of.
+    refined : bool
+        Whether weights are estimated again with what rounding did to them, and what they leave is looked at; without
+        it weights and intervals are the test's own.
     """
     if solution.status in (Status.NOT_CONVERGED, Status.NOT_FINITE) or not regression.contacts:
         return _untested(regression, solution, _jackknife(regression, solver))
@@ -172,6 +183,8 @@ def examine(regression: Regression, solution: Solution, solver: Solver, target: 
         for atom, finding in enumerate(findings)
         if finding.present or (finding.one_of_group and solution.coefficients[atom] != 0.0)
     ]
+    if not refined:
+        return Findings(tuple(findings), _rest(regression, solution, kept))
     seen = corners(regression, target, base, kept)
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
     estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
@@ -182,6 +195,14 @@ def examine(regression: Regression, solution: Solution, solver: Solver, target: 
         if findings[atom].present:
             findings[atom] = _refined(findings[atom], estimate, atom)
     return Findings(tuple(findings), unknown)
+
+
+def _rest(regression: Regression, solution: Solution, kept: Sequence[int]) -> Unknown:
+    """Return what the coefficients of the kept atoms leave, which nobody looked at."""
+    total, weights = regression.total, np.zeros(len(regression.atoms))
+    weights[list(kept)] = solution.coefficients[list(kept)]
+    share, floor = total.residual_energy(weights) / total.energy, min(1.0, total.rounding / total.energy)
+    return Unknown(share, floor, way=None, character=None, weights=weights, relative_norm=0.0)
 
 
 def _jackknife(regression: Regression, solver: Solver) -> FloatArray | None:

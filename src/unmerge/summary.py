@@ -60,6 +60,7 @@ def summarise(
     *,
     base_coefficient: BaseCoefficient | None = None,
     notices: Sequence[str] = (),
+    refined: bool = True,
 ) -> Attribution:
     """Solve a regression and put everything that is known about it in one result.
 
@@ -75,10 +76,12 @@ def summarise(
         What is known of the base's share.
     notices : sequence of str
         Further things to tell the user.
+    refined : bool
+        As in `unmerge.findings.examine`.
     """
     statistics = regression.total
     solution = solver.solve(statistics)
-    found = examine(regression, solution, solver, target, base)
+    found = examine(regression, solution, solver, target, base, refined=refined)
     names = [atom.name for atom in regression.atoms]
     real = [place for place, atom in enumerate(regression.atoms) if not is_decoy(atom)]
     components = _components(regression, statistics, solution, found, real)

@@ -23,6 +23,8 @@ from unmerge.recipe.structures import Structure, fit_dense
 
 SUMS_TO_ONE = 0.02
 """How near to 1 the sum of weights is where a method divides by it."""
+CLOSELY = 0.25
+"""The share of the usual tolerance within which a gradient follows what was found, where a shorter one does not do."""
 SAME = 0.02
 """Densities, or epsilons, that differ by less are given one value."""
 STRAIGHT = 1e-3
@@ -72,6 +74,40 @@ def arc_candidates(sample: Sample, members: Members) -> Iterator[Recipe]:
         yield Recipe("nuslerp", members.base, members.inputs(*({"weight": float(weight)} for weight in weights)))
 
 
+def usual_candidates(parts: Parts, members: Members) -> Iterator[Recipe]:
+    """Yield the commonest recipes in which whole changes are weighed, with the weights as they were found.
+
+    Where numbers change with depth, both as short gradients and as ones that follow them closely.
+
+    Parameters
+    ----------
+    parts : Parts
+        Weights by least squares.
+    members : Members
+    """
+    for share in (1.0,) if parts.level == "whole" else (1.0, CLOSELY):
+        inputs = _weighed_inputs(parts, members, share)
+        yield Recipe("task_arithmetic", members.base, inputs)
+        if _sum_to_one(parts):
+            yield Recipe("linear", None, inputs)
+            if len(inputs) == 2:
+                yield from _slerps(parts, members, share)
+        else:
+            yield Recipe("linear", None, inputs, parameters={"normalize": False})
+
+
+def _weighed_inputs(parts: Parts, members: Members, share: float = 1.0) -> tuple[ModelInput, ...]:
+    """Return the models with weights within a share of the usual tolerance."""
+    tolerance = share * TOLERANCE["weights"] * _largest(parts)
+    weights = [setting(values, parts.depth, tolerance) for values in _weights(parts, len(members.models))]
+    return members.inputs(*({"weight": weight} for weight in weights))
+
+
+def _sum_to_one(parts: Parts) -> bool:
+    sums = np.array([float(one.weights.sum()) for one in parts.parameters.values()])
+    return bool(np.abs(sums - 1.0).max() < SUMS_TO_ONE)
+
+
 def dense_candidates(parts: Parts, members: Members) -> Iterator[Recipe]:
     """Yield recipes in which whole changes are weighed, or spheres are followed.
 
@@ -81,28 +117,21 @@ def dense_candidates(parts: Parts, members: Members) -> Iterator[Recipe]:
         Weights by least squares.
     members : Members
     """
-    tolerance = TOLERANCE["weights"] * _largest(parts)
-    weights = [setting(values, parts.depth, tolerance) for values in _weights(parts, len(members.models))]
-    inputs = members.inputs(*({"weight": weight} for weight in weights))
-    sums = np.array([float(one.weights.sum()) for one in parts.parameters.values()])
-    yield Recipe("task_arithmetic", members.base, inputs)
-    if np.abs(sums - 1.0).max() < SUMS_TO_ONE:
-        yield Recipe("linear", None, inputs)
-        if len(inputs) == 2:
-            yield from _slerps(parts, members)
+    inputs = _weighed_inputs(parts, members)
+    yield from usual_candidates(parts, members)
+    if _sum_to_one(parts):
         for divided in _ratio_inputs(parts, members, limit=MAX_RATIOS):
             yield Recipe("linear", None, divided)
             yield Recipe("task_arithmetic", members.base, divided, parameters={"normalize": True})
     else:
-        yield Recipe("linear", None, inputs, parameters={"normalize": False})
         yield from _with_base_counted(parts, members, inputs)
     yield from _spherical(parts, members)
 
 
-def _slerps(parts: Parts, members: Members) -> Iterator[Recipe]:
+def _slerps(parts: Parts, members: Members, share: float) -> Iterator[Recipe]:
     for first, second in ((0, 1), (1, 0)):
         shares = {part: float(one.weights[second] / one.weights.sum()) for part, one in parts.parameters.items()}
-        fraction = setting(dict(sorted(shares.items())), parts.depth, TOLERANCE["weights"])
+        fraction = setting(dict(sorted(shares.items())), parts.depth, share * TOLERANCE["weights"])
         models = (ModelInput(members.models[first]), ModelInput(members.models[second]))
         yield Recipe("slerp", members.models[first], models, parameters={"t": fraction})
 
@@ -266,9 +295,8 @@ def _weighed(
     """Yield recipes with weights: as they are, or in ratios and with a lambda where the merge is normalized."""
     told: dict[str, Setting] = {} if DIVIDES.get(method, False) == normalize else {"normalize": normalize}
     if not normalize:
-        tolerance = TOLERANCE["weights"] * _largest(parts)
-        weights = [setting(values, parts.depth, tolerance) for values in _weights(parts, len(members.models))]
-        inputs = members.inputs(*({"weight": weight, **own} for weight, own in zip(weights, more, strict=True)))
+        weighed = zip(_weighed_inputs(parts, members), more, strict=True)
+        inputs = tuple(replace(item, parameters={**item.parameters, **own}) for item, own in weighed)
         yield Recipe(method, members.base, inputs, parameters=told)
         return
     scale = setting(parts.values(lambda one: one.scale), parts.depth, TOLERANCE["scale"])

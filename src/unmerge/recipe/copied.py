@@ -6,14 +6,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from unmerge.alignment import layer_count
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from unmerge.checkpoint.source import Source
 from unmerge.dictionary import Atom, Base
 from unmerge.recipe.adapted import merged_adapter
+from unmerge.recipe.copies import may_be_copied
 from unmerge.recipe.document import ModelReference, parse_recipe, to_yaml
 from unmerge.recipe.experts import find_experts
-from unmerge.recipe.layer_stack import find_layer_stack
+from unmerge.recipe.layer_stack import LayerStack, find_layer_stack
 from unmerge.recipe.proof import Member, Proof, Recovery
+
+BASE = "base"
+"""What the base is called among the known models."""
 
 
 def reference_of_base(base: Base) -> ModelReference:
@@ -37,13 +42,30 @@ def reference_of_atom(atom: Atom, base: Base) -> ModelReference:
 
 def checkpoints(base: Base, known: Mapping[str, Atom]) -> tuple[dict[str, Checkpoint], dict[str, str]]:
     """Return the base and all atoms as checkpoints, and what a recipe calls each."""
-    models = {"base": base.checkpoint}
-    references = {"base": str(reference_of_base(base))}
+    models = {BASE: base.checkpoint}
+    references = {BASE: str(reference_of_base(base))}
     for name, atom in known.items():
         adapted = atom.kind == "adapter"
         models[name] = merged_adapter(base.checkpoint, atom.vector) if adapted else open_checkpoint(atom.source.path)
         references[name] = str(reference_of_atom(atom, base))
     return models, references
+
+
+def copied_whole(source: Source, goal: Checkpoint, base: Base, known: Mapping[str, Atom]) -> Recovery | None:
+    """Return the recipe of a target whose every tensor is a copy; None where it is not, or is the base itself.
+
+    Raises
+    ------
+    UnmergeError
+        If the models cannot be read.
+    """
+    models, _ = checkpoints(base, known)
+    if not may_be_copied(goal, models):
+        return None
+    found = from_layers(source, goal, base, known)
+    alone = [member.name for member in found.members] == [BASE] and found.recipe is not None
+    is_base = alone and not parse_recipe(str(found.recipe)).slices
+    return None if is_base or found.exit_code != 0 else found
 
 
 def from_layers(source: Source, goal: Checkpoint, base: Base, known: Mapping[str, Atom]) -> Recovery:
@@ -57,7 +79,7 @@ def from_layers(source: Source, goal: Checkpoint, base: Base, known: Mapping[str
     models, references = checkpoints(base, known)
     stack = find_layer_stack(goal, models)
     runnable = all(part.model is not None for part in stack.slices)
-    document = stack.to_recipe_document(references) if runnable else None
+    document = _document(stack, models, references) if runnable else None
     return Recovery(
         target=source.reference,
         base=base.source.reference,
@@ -76,6 +98,22 @@ def from_layers(source: Source, goal: Checkpoint, base: Base, known: Mapping[str
         unexplained=None,
         notices=stack.notices,
     )
+
+
+def _document(stack: LayerStack, models: Mapping[str, Checkpoint], references: Mapping[str, str]) -> dict[str, object]:
+    """Return the stack as a recipe: of one whole model where it is one, else of slices."""
+    document = stack.to_recipe_document(references)
+    (only, *others) = stack.models
+    (first, *rest) = stack.slices
+    depth = layer_count(models[only].tensors.keys())
+    if others or rest or (first.first, first.stop) != (0, depth) or first.factors or _factors_of_ends(stack):
+        return document
+    whole = {key: value for key, value in document.items() if key not in {"slices", "base_model"}}
+    return {**whole, "models": [{"model": references[only]}]}
+
+
+def _factors_of_ends(stack: LayerStack) -> bool:
+    return bool(stack.embeddings.factors or stack.output.factors)
 
 
 def from_experts(source: Source, goal: Checkpoint, base: Base, known: Mapping[str, Atom]) -> Recovery:

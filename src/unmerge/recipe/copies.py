@@ -204,6 +204,20 @@ def find_copies(
     return {name: found[name] for name in target.tensors if name in found}
 
 
+def may_be_copied(target: Checkpoint, models: Mapping[str, Checkpoint]) -> bool:
+    """Tell whether some values of every tensor of a model are those of one tensor of a known model.
+
+    Cheap where they are not: the first tensor that is like none ends it.
+
+    Parameters
+    ----------
+    target : Checkpoint
+    models : mapping of str to Checkpoint
+        The known models by name.
+    """
+    return all(group.may_be_copied() for group in _groups(target, models, role_of))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
     """A tensor of a known model."""
@@ -262,7 +276,6 @@ class _Group:
 
     def find_candidates(self) -> None:
         """Choose, from samples, which pairs to compare whole."""
-        arithmetic = Arithmetic(self.dtype.name)
         targets = np.stack([_sample(tensor) for tensor in self.targets])
         energy = np.einsum("ij,ij->i", targets, targets)
         self.magnitudes = np.sqrt(energy / targets.shape[1])
@@ -271,9 +284,19 @@ class _Group:
         if not self.sources:
             return
         # One at a time: casting all of them at once would hold them twice.
-        known = np.stack([arithmetic.round(_sample(source.tensor)).astype(np.float64) for source in self.sources])
+        known = np.stack([self._rounded(source) for source in self.sources])
         for index, sample in enumerate(targets):
             self.pairs += _candidates(index, sample, known, self.dtype)
+
+    def may_be_copied(self) -> bool:
+        """Tell whether the samples of all targets are samples of sources, rounded to the targets' type."""
+        known = np.stack([self._rounded(source) for source in self.sources]) if self.sources else np.zeros((0, 0))
+        return len(known) > 0 and all(
+            bool((known == _sample(tensor)).all(axis=1).any()) for tensor in self.targets
+        )  # fmt: skip
+
+    def _rounded(self, source: _Source) -> FloatArray:
+        return Arithmetic(self.dtype.name).round(_sample(source.tensor)).astype(np.float64)
 
     def compare(self) -> None:
         """Compare the pairs element by element; what belongs together is streamed side by side."""

@@ -89,7 +89,7 @@ def part_of(name: str, level: Level) -> Part:
     return Part(module, int(match["layer"]) if level in {"layer", "both"} else -1)
 
 
-def fit_parts(sample: Sample, fit: PartFit, depth: int) -> Iterator[Parts]:
+def fit_parts(sample: Sample, fit: PartFit, depth: int, *, whole_first: bool = False) -> Iterator[Parts]:
     """Fit a model's parts on their own, and yield the levels that may do, the coarsest first.
 
     What is at the threshold of a trim makes fine levels look better than they are, so the bits must decide.
@@ -101,9 +101,14 @@ def fit_parts(sample: Sample, fit: PartFit, depth: int) -> Iterator[Parts]:
         Fits one part.
     depth : int
         How many layers the model has.
+    whole_first : bool
+        Whether to yield the whole model before anything else is fitted, where fits are slow and most recipes have
+        the same numbers everywhere.
     """
+    if whole_first:
+        yield _fit_level(sample, fit, "whole", depth)
     finest = _fit_level(sample, fit, "both", depth)
-    for level in LEVELS[:-1]:
+    for level in LEVELS[int(whole_first) : -1]:
         found = _fit_level(sample, fit, level, depth)
         if found.error <= WORSE * finest.error + FLOORS * sample.floor:
             yield found

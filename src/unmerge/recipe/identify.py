@@ -6,7 +6,7 @@ itself did not make the target's bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -21,6 +21,7 @@ from unmerge.recipe.candidates import (
     parameterless_candidates,
     reordered,
     trimmed_candidates,
+    usual_candidates,
     with_lambdas,
 )
 from unmerge.recipe.depth import FLOORS, Part, PartFit, Parts, fit_parts
@@ -38,12 +39,20 @@ NEARLY = 0.8
 """Below it, a recipe is not only written in another way."""
 PROMISING = 0.7
 """Below it, polishing is not worth while."""
-REWRITTEN, POLISHED = 8, 3
+REWRITTEN, POLISHED = 4, 2
 """How many recipes of a family are written in other ways, and how many are polished."""
-LOOK = 12000
-"""Elements by which families are compared; the one that is chosen is fitted to all."""
+RIVAL = 0.03
+"""By how much less than the best a recipe may make for that."""
+WEIGHED, NOISE = 0.05, 30.0
+"""Where weights of whole changes leave more than this share of the energy and so many floors, nothing is weighed."""
+LOOK, GLANCE = 12000, 4500
+"""Elements that random masks are decoded in, and elements by which trims are compared and first fitted."""
+REFINED = 24000
+"""Elements that the trim which is chosen is fitted to."""
 PARTS_LOOKED_AT = 6
 """Tensors by which families are compared where parameters may change from one to the next."""
+ROUGHLY = 150
+"""Evaluations by which trims are compared."""
 COUNTED = 40000
 """Elements in which it is counted how many were kept."""
 ROLLED = 101
@@ -52,6 +61,8 @@ EXACT = 0.003
 """A decoding that leaves this share of the energy holds for the whole model."""
 TRIMMED = 0.1
 """A structure that leaves more than this share of the energy explains nothing."""
+KEPT = 0.98
+"""Where more than this share of every change was kept, nothing was masked."""
 DECODED = 0.02
 """A decoding that leaves more than this share of the energy explains nothing."""
 
@@ -105,24 +116,39 @@ def identify(sample: Sample, trial: Trial, members: Members, types: Types, depth
     depth : int
         How many layers the model has.
     """
-
-    def attempt(recipes: Iterable[Recipe]) -> list[Tried]:
-        return _attempt(trial, recipes, types)
-
-    tried = attempt(chain(parameterless_candidates(sample, members), arc_candidates(sample, members)))
-    for parts in fit_parts(sample, _dense_part, depth):
-        tried = _merged(tried, attempt(dense_candidates(parts, members)))
-        if tried[0].share < CERTAIN:
-            tried = _merged(tried, _by_older_version(trial, dense_candidates(parts, members), types))
-        if tried[0].share >= CERTAIN:
+    tried: list[Tried] = []
+    families = (family(sample, trial, members, types, depth) for family in (_weighed, _trimmed))
+    for enough, found in chain.from_iterable(families):
+        tried = sorted([*tried, *found], key=lambda one: -one.share)
+        if tried[0].share >= enough:
             return Identified(tuple(tried))
+    return Identified(tuple(tried), _masked(sample, fit_dense(sample).parameters.weights, members, depth))
+
+
+Attempts = Iterator[tuple[float, list[Tried]]]
+"""What was tried, and what share of the values ends the search."""
+
+
+def _weighed(sample: Sample, trial: Trial, members: Members, types: Types, depth: int) -> Attempts:
+    """Try recipes in which whole changes are weighed, the commonest first, and those that leave nothing to choose."""
+    levels = list(fit_parts(sample, _dense_part, depth))
+    for parts in levels:
+        # Only what makes every value needs no other to be compared with.
+        yield 1.0, trial.best(_typed(usual_candidates(parts, members), types))
+    few = chain(parameterless_candidates(sample, members), arc_candidates(sample, members))
+    yield 1.0, _attempt(trial, few, types)
+    for parts in levels if levels[-1].error <= WEIGHED + NOISE * sample.floor else ():
+        yield CERTAIN, _attempt(trial, dense_candidates(parts, members), types)
+        yield CERTAIN, _by_older_version(trial, dense_candidates(parts, members), types)
+    yield CERTAIN, []
+
+
+def _trimmed(sample: Sample, trial: Trial, members: Members, types: Types, depth: int) -> Attempts:
+    """Try recipes in which changes are trimmed."""
     start = fit_dense(sample).parameters.weights
     for structure in _likely(sample, start):
-        for parts in fit_parts(sample, _trimmed_part(structure, start), depth):
-            tried = _merged(tried, attempt(trimmed_candidates(parts, structure, members)))
-            if tried[0].share >= CERTAIN:
-                return Identified(tuple(tried))
-    return Identified(tuple(tried), _masked(sample, start, members, depth))
+        for parts in fit_parts(sample, _trimmed_part(structure, start), depth, whole_first=True):
+            yield CERTAIN, _attempt(trial, trimmed_candidates(parts, structure, members), types)
 
 
 def _by_older_version(trial: Trial, recipes: Iterable[Recipe], types: Types) -> list[Tried]:
@@ -130,20 +156,20 @@ def _by_older_version(trial: Trial, recipes: Iterable[Recipe], types: Types) -> 
     return _attempt(replace(trial, convention=OLDER), (one for one in recipes if one.merge_method == "linear"), types)
 
 
-def _merged(one: list[Tried], other: list[Tried]) -> list[Tried]:
-    return sorted([*one, *other], key=lambda tried: -tried.share)
+def _typed(recipes: Iterable[Recipe], types: Types) -> Iterator[Recipe]:
+    return (replace(recipe, dtype=dtype, out_dtype=out) for recipe in recipes for dtype, out in types)
 
 
 def _attempt(trial: Trial, recipes: Iterable[Recipe], types: Types) -> list[Tried]:
-    typed = [replace(recipe, dtype=dtype, out_dtype=out) for recipe in recipes for dtype, out in types]
-    tried = trial.best(typed)
-    if not tried:
-        return []
-    head = [_rewritten(trial, one) if one.share >= NEARLY else one for one in tried[:REWRITTEN]]
+    tried = trial.best(_typed(recipes, types))
+    if not tried or tried[0].share == 1.0:
+        return tried
+    near = [one for one in tried[:REWRITTEN] if one.share >= tried[0].share - RIVAL]
+    head = [_rewritten(trial, one) if one.share >= NEARLY else one for one in near]
     head.sort(key=lambda one: -one.share)
     if head[0].share < FAIR:
         head = [polish(trial, one) if one.share >= PROMISING else one for one in head[:POLISHED]] + head[POLISHED:]
-    return sorted([*head, *tried[REWRITTEN:]], key=lambda one: -one.share)
+    return sorted([*head, *tried[len(near) :]], key=lambda one: -one.share)
 
 
 def _rewritten(trial: Trial, tried: Tried) -> Tried:
@@ -162,25 +188,28 @@ def _dense_part(part: Sample) -> tuple[Parameters, float]:
 
 def _likely(sample: Sample, start: FloatArray) -> list[Structure]:
     """Return the two structures that explain a look at the sample best, if they do."""
-    few = _look(sample)
-    errors = {structure: sum(fit(one, structure, start).error * one.energy for one in few) for structure in STRUCTURES}
+    few = _look(sample, GLANCE)[::2]
+    errors = {
+        structure: sum(fit(one, structure, start, evaluations=ROUGHLY).error * one.energy for one in few)
+        for structure in STRUCTURES
+    }
     # Equal errors go to the structure with fewer parameters.
     ordered = sorted(STRUCTURES, key=lambda structure: errors[structure] * (1.1 if structure.drops_outliers else 1.0))
     energy = sum(one.energy for one in few)
     return [structure for structure in ordered[:2] if errors[structure] < TRIMMED * energy]
 
 
-def _look(sample: Sample) -> list[Sample]:
-    """Return the elements of some tensors, each on its own."""
+def _look(sample: Sample, count: int) -> list[Sample]:
+    """Return so many elements of some tensors, each on its own."""
     numbers = np.unique(np.linspace(0, len(sample.names) - 1, PARTS_LOOKED_AT).astype(int))
     samples = [sample.of([int(number)]) for number in numbers]
-    return [one.thinned(LOOK // PARTS_LOOKED_AT) for one in samples if one.energy > 0.0]
+    return [one.thinned(count // PARTS_LOOKED_AT) for one in samples if one.energy > 0.0]
 
 
 def _trimmed_part(structure: Structure, start: FloatArray) -> PartFit:
     def fit_part(part: Sample) -> tuple[Parameters, float]:
-        found = fit(part.thinned(LOOK), structure, start)
-        found = refine(part, found, shrunk=20.0)
+        found = fit(part.thinned(GLANCE), structure, start)
+        found = refine(part.thinned(REFINED), found, shrunk=20.0)
         return found.parameters, found.error
 
     return fit_part
@@ -189,7 +218,7 @@ def _trimmed_part(structure: Structure, start: FloatArray) -> PartFit:
 def _masked(sample: Sample, start: FloatArray, members: Members, depth: int) -> Masked | None:
     if len(start) > MAX_MODELS:
         return None
-    few = _look(sample)[::2]
+    few = _look(sample, LOOK)[::2]
     errors = {masking: sum(decode(one, start, masking).error * one.energy for one in few) for masking in MASKINGS}
     # A linear decode can imitate an election, not the other way round.
     chosen = min(MASKINGS, key=lambda masking: errors[masking] * (2.0 if not masking.consensus else 1.0))
@@ -200,6 +229,8 @@ def _masked(sample: Sample, start: FloatArray, members: Members, depth: int) -> 
     parts = Parts("whole", {Part(): parameters}, error, depth)
     if error > EXACT + FLOORS * sample.floor:
         parts = next(fit_parts(sample, fit_part, depth))
+    if all((one.densities > KEPT).all() for one in parts.parameters.values()):
+        return None
     return Masked(chosen, parts, tuple(masked_candidates(parts, chosen, members)))
 
 

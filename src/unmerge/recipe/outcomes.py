@@ -151,33 +151,51 @@ class Undecided:
 
     Attributes
     ----------
+    count : int
+        How many there are.
     places : array of int, shape (m,)
-        Positions in the flat tensor.
+        Positions in the flat tensor of those that were asked for.
     outcomes : tuple of array, each of shape (m,)
-        Values before they are cast to be stored.
+        Their values before they are cast to be stored.
     """
 
+    count: int
     places: NDArray[np.int64]
     outcomes: tuple[Array, ...]
 
 
-def undecided(method: str, inputs: Inputs) -> Undecided | None:
-    """Return the elements that a deterministic method leaves to the machine's sort, None where there are none."""
+def undecided(method: str, inputs: Inputs, wanted: Bits | None = None) -> Undecided | None:
+    """Return the elements that a deterministic method leaves to the machine's sort, None where there are none.
+
+    Parameters
+    ----------
+    method : str
+    inputs : Inputs
+    wanted : array of bool, shape (n,), optional
+        The elements of the flat tensor whose outcomes are asked for; all by default.
+    """
     if method in _TRIMS:
-        return _of_trims(method, inputs)
+        return _of_trims(method, inputs, wanted)
     if method == "sce":
-        return _of_sce(inputs)
-    return _of_fusion(inputs) if method == "arcee_fusion" else None
+        return _of_sce(inputs, wanted)
+    return _of_fusion(inputs, wanted) if method == "arcee_fusion" else None
 
 
-def _of_trims(method: str, inputs: Inputs) -> Undecided | None:
+def _asked_for(free: Bits, wanted: Bits | None) -> NDArray[np.int64]:
+    return np.flatnonzero(free if wanted is None else free & wanted)
+
+
+def _of_trims(method: str, inputs: Inputs, wanted: Bits | None) -> Undecided | None:
     """Every model's elements at a threshold may be kept or dropped."""
     deltas = flat_deltas(inputs)
     told = _told(inputs)
     ties = np.stack([_ties(delta, **own) for delta, own in zip(deltas, told, strict=True)])
-    places = np.flatnonzero(ties.any(axis=0))
-    if not len(places) or len(deltas) > MAX_FREE:
+    free_at_all: Bits = np.any(ties, axis=0)
+    places, count = _asked_for(free_at_all, wanted), int(np.count_nonzero(free_at_all))
+    if not count or len(deltas) > MAX_FREE:
         return None
+    if not len(places):
+        return Undecided(count, places, ())
     masks = np.stack([_mask(delta, **own) for delta, own in zip(deltas, told, strict=True)])
     scales = np.ones(len(deltas))
     if inputs.tensor.shared["rescale"]:
@@ -186,7 +204,7 @@ def _of_trims(method: str, inputs: Inputs) -> Undecided | None:
     open_ = masked_elements(method, inputs, places, deltas, scales)
     own, free = masks[:, places], ties[:, places]
     outcomes = (open_.outcome(np.where(free, mask[:, np.newaxis], own)) for mask in all_masks(len(deltas)).T)
-    return Undecided(places, tuple(outcomes))
+    return Undecided(count, places, tuple(outcomes))
 
 
 def _told(inputs: Inputs) -> list[dict[str, float]]:
@@ -208,22 +226,25 @@ def _mask(delta: Array, density: float, gamma: float | None = None) -> Bits:
     return found
 
 
-def _of_sce(inputs: Inputs) -> Undecided | None:
+def _of_sce(inputs: Inputs, wanted: Bits | None) -> Undecided | None:
     """Take an element at the threshold for the base's, or for what all models make of it."""
     share = as_number(inputs.tensor.shared["select_topk"])
     group = inputs.group()
     if share >= 1.0 or not group.models or group.base is None:
         return None
     deltas = np.stack([inputs.arithmetic.round(model - group.base) for model in group.models])
-    places = np.flatnonzero(variance_ties(deltas, share, inputs.arithmetic))
-    if not len(places):
+    free = variance_ties(deltas, share, inputs.arithmetic).reshape(-1)
+    places, count = _asked_for(free, wanted), int(np.count_nonzero(free))
+    if not count:
         return None
+    if not len(places):
+        return Undecided(count, places, ())
     # Exact where models weigh the same, as they nearly always do; else weights hang on the whole selection.
     whole = merge_sce(replace(group, shared={**group.shared, "select_topk": 1.0}), inputs.arithmetic)
-    return Undecided(places, (group.base.reshape(-1)[places], whole.reshape(-1)[places]))
+    return Undecided(count, places, (group.base.reshape(-1)[places], whole.reshape(-1)[places]))
 
 
-def _of_fusion(inputs: Inputs) -> Undecided | None:
+def _of_fusion(inputs: Inputs, wanted: Bits | None) -> Undecided | None:
     """Take an element whose score is near the threshold for the base's or the model's.
 
     Scores are small differences of large terms, and of large tensors mergekit takes quantiles of a random sample.
@@ -234,6 +255,7 @@ def _of_fusion(inputs: Inputs) -> Undecided | None:
     importance = scores(group.base, group.models[0], inputs.arithmetic)
     limit = threshold(importance, inputs.arithmetic)
     slack = _SLACK if importance.size <= _SAMPLED_QUANTILES else _SAMPLED_SLACK
-    places = np.flatnonzero(np.abs(importance - limit) <= slack * abs(limit))
+    free = (np.abs(importance - limit) <= slack * abs(limit)).reshape(-1)
+    places, count = _asked_for(free, wanted), int(np.count_nonzero(free))
     base, model = group.base.reshape(-1)[places], group.models[0].reshape(-1)[places]
-    return Undecided(places, (base, base + inputs.arithmetic.round(model - base))) if len(places) else None
+    return Undecided(count, places, (base, base + inputs.arithmetic.round(model - base))) if count else None

@@ -7,6 +7,7 @@ tensors until one makes their bits; then all tensors are made again and compared
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from unmerge.alignment import layer_count
-from unmerge.attribution import attribute, open_atoms
+from unmerge.attribution import Target, explain, open_atoms, open_target
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from unmerge.checkpoint.source import Source, resolve
 from unmerge.checkpoint.tensor import ArrayTensor, Tensor, matrix_shape, values
-from unmerge.dictionary import Atom, Base, open_base
-from unmerge.errors import RecipeError
+from unmerge.dictionary import Atom, Base, Dictionary, open_base
+from unmerge.errors import AlignmentError, RecipeError
 from unmerge.merging.draws import TorchDraws
 from unmerge.merging.method import Draws
 from unmerge.recipe.candidates import Members
 from unmerge.recipe.comparison import Advance, Compared, compare_all, lay_out
-from unmerge.recipe.copied import from_experts, from_layers, reference_of_atom, reference_of_base
+from unmerge.recipe.copied import copied_whole, from_experts, from_layers, reference_of_atom, reference_of_base
 from unmerge.recipe.document import ModelInput, ModelReference, Recipe, to_yaml, torch_type
 from unmerge.recipe.experts import has_experts
 from unmerge.recipe.identify import Identified, Masked, Types, decoy_error, identify
@@ -36,6 +37,8 @@ from unmerge.recipe.seed_search import SEEDS
 from unmerge.recipe.sources import Model, open_model
 from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, NOTHING, Trial, Tried, polish, simplify
 from unmerge.result import Attribution
+from unmerge.solvers import SOLVERS
+from unmerge.summary import summarise
 
 MAYBE = 0.02
 """Atoms with at least this weight, of which the evidence cannot tell, are tried as members."""
@@ -45,8 +48,8 @@ TRIAL_ELEMENTS = 1 << 21
 """Larger tensors are not tried on if there are enough smaller ones."""
 ALIKE = 0.0005
 """Recipes whose shares of equal values differ by less are said to be alike."""
-MADE = 0.999
-"""The share of values that a recipe must make to be more than a likeness."""
+MADE, WORTH = 0.999, 0.95
+"""The share of values that a recipe must make to be more than a likeness, and of some tensors to be compared whole."""
 THREADS = (1, 2, 4, 8, 16, 32)
 """Of torch, in the merge: sums of large tensors are split among them, and a rescaled change shows it."""
 USUAL = ("linear", "task_arithmetic", "slerp", "ties", "dare_ties", "dare_linear")
@@ -120,10 +123,21 @@ def recover(
         return from_experts(source, goal, origin, known)
     if layer_count(goal.tensors.keys()) != layer_count(origin.checkpoint.tensors.keys()):
         return from_layers(source, goal, origin, known)
+    copied = copied_whole(source, goal, origin, known)
+    if copied is not None:
+        return copied
+    try:
+        opened = open_target(target, origin)
+    except AlignmentError:
+        # What is put together of other layers than the base has there is not like the base.
+        stack = from_layers(source, goal, origin, known)
+        if stack.exit_code != 0:
+            raise
+        return stack
     advance = begin("attributing", 1)
-    attribution = attribute(target, list(atoms), base=base)
+    attributed = _Attributed.of(opened, dictionary, extra, origin)
     advance(1)
-    return _Recoverer(source, goal, origin, known, attribution, search or Search(), begin).run()
+    return _Recoverer(source, goal, origin, known, attributed, search or Search(), begin).run()
 
 
 def _increments(advance: Advance) -> Callable[[int, int], None]:
@@ -144,8 +158,32 @@ def _silent(what: str, steps: int) -> Advance:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Attributed:
+    """What a target is attributed to: who is in it at once, and the exact weights where they are asked for."""
+
+    found: Attribution
+    refined: Callable[[], Attribution]
+
+    @classmethod
+    def of(cls, goal: Target, dictionary: Dictionary, extra: Sequence[Atom], base: Base) -> _Attributed:
+        solver = SOLVERS["nnls"](signed=False)
+        workers = os.cpu_count() or 1
+        found, vector, regression = explain(
+            goal, dictionary, extra, base, solver, refined=False, workers=workers
+        )  # fmt: skip
+
+        def refined() -> Attribution:
+            return summarise(
+                regression, solver, vector, goal.reference, base, set(goal.rows),
+                base_coefficient=found.base_coefficient,
+            )  # fmt: skip
+
+        return cls(found, refined)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Best:
-    """The recipe to prove."""
+    """The recipe to prove, and the share of some tensors' values that it makes; 1 where that was not looked at."""
 
     recipe: Recipe
     alike: tuple[Tried, ...] = ()
@@ -153,6 +191,7 @@ class _Best:
     threads: int = 1
     masked: Masked | None = None
     convention: str = CURRENT
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,15 +200,15 @@ class _Recoverer:
     goal: Checkpoint
     base: Base
     known: Mapping[str, Atom]
-    attribution: Attribution
+    attributed: _Attributed
     search: Search
     start: Start
 
     def run(self) -> Recovery:
-        names = member_names(self.attribution)
+        names = member_names(self.attributed.found)
         if not names:
             return self._without_members()
-        sure = [item.name for item in self.attribution.components if item.present]
+        sure = [item.name for item in self.attributed.found.components if item.present]
         found = self._of_members(sure) if sure else None
         if found is not None and (found.exit_code == 0 or sure == names):
             return found
@@ -182,7 +221,7 @@ class _Recoverer:
             reference_of_base(self.base), tuple(reference_of_atom(self.known[name], self.base) for name in names)
         )
         models = {reference: open_model(reference, Path()) for reference in (members.base, *members.models)}
-        sample = draw_changes(self.goal, models, members, _base_share(self.attribution))
+        sample = draw_changes(self.goal, models, members, _base_share(self.attributed.found))
         if not len(sample.change):
             message = f"{self.source.reference}: no element differs enough from the base to tell how it was merged"
             raise RecipeError(message)
@@ -208,7 +247,7 @@ class _Recoverer:
         chosen, threads = _threaded(trial, chosen, None)
         others = [tried for tried in found.tried if _kind(tried.recipe) != _kind(chosen.recipe)]
         alike = tuple(one for one in others if chosen.share - one.share < ALIKE)
-        return _Best(chosen.recipe, alike, None, threads, convention=chosen.convention)
+        return _Best(chosen.recipe, alike, None, threads, convention=chosen.convention, share=chosen.share)
 
     def _with_seed(self, trial: Trial, masked: Masked, types: Types) -> _Best:
         """Look for the seed of random masks, and settle the recipe's numbers by the bits that it gives."""
@@ -243,27 +282,27 @@ class _Recoverer:
         names: Sequence[str],
         sample: Sample,
     ) -> Recovery:
-        compared = self._compared(best, models)
-        proof = proof_of(compared)
-        decoded = None
+        attribution, decoded = self.attributed.found, None
+        proof = proof_of(self._compared(best, models)) if best.share >= WORTH else None
         if best.masked is not None:
             decoded = Decoded(error=best.masked.parts.error, decoy_error=decoy_error(sample, best.masked))
-        elif proof.share < MADE:
+        elif proof is None or proof.share < MADE:
             stack = from_layers(self.source, self.goal, self.base, self.known)
             if stack.proof is not None and stack.proof.share >= MADE:
                 return stack
-            if proof.share < MADE:
-                best = _Best(self._likeness(members, names, best.recipe))
-                proof = proof_of(self._compared(best, models))
+            attribution = self.attributed.refined()
+            best, proof = _Best(_likeness(attribution, members, names, best.recipe)), None
+        proof = proof or proof_of(self._compared(best, models))
         named = dict(zip(members.models, names, strict=True))
-        proven = proof.share >= MADE and (best.masked is None or best.seed is not None)
-        known_masks = best.masked is not None and best.seed is None and proof.share >= MADE
+        made = proof.looked_at > 0 and proof.share >= MADE
+        proven = made and (best.masked is None or best.seed is not None)
+        known_masks = made and best.masked is not None and best.seed is None
         return Recovery(
             target=self.source.reference,
             base=self.base.source.reference,
             status="proven" if proven else "decoded" if known_masks else "partial",
             method=best.recipe.merge_method if proven or known_masks else None,
-            members=_members(best.recipe, named, self.attribution, members),
+            members=_members(best.recipe, named, attribution, members),
             recipe=to_yaml(best.recipe),
             tool=best.convention,
             seed=best.seed,
@@ -271,8 +310,8 @@ class _Recoverer:
             proof=proof,
             decoded=decoded,
             alike=tuple(Alternative(recipe=to_yaml(one.recipe), share=one.share) for one in best.alike),
-            unexplained=self.attribution.unexplained.share,
-            notices=tuple(self.attribution.notices),
+            unexplained=attribution.unexplained.share,
+            notices=tuple(attribution.notices),
         )
 
     def _compared(self, best: _Best, models: Mapping[ModelReference, Model]) -> Compared:
@@ -282,13 +321,6 @@ class _Recoverer:
         layout = lay_out(hypothesis, self.goal)
         advance = self.start("making the merge again", len(layout.stored))
         return compare_all(hypothesis, layout, best.seed, advance)
-
-    def _likeness(self, members: Members, names: Sequence[str], near: Recipe) -> Recipe:
-        """Return the known part of a merge: what attribution says of each model, whatever the rest is."""
-        found = {item.name: item for item in self.attribution.components}
-        weights = [round(found[name].weight or found[name].coefficient, 3) for name in names]
-        inputs = members.inputs(*({"weight": weight} for weight in weights))
-        return Recipe("task_arithmetic", members.base, inputs, dtype=near.dtype, out_dtype=near.out_dtype)
 
     def _without_members(self) -> Recovery:
         return Recovery(
@@ -304,9 +336,17 @@ class _Recoverer:
             proof=None,
             decoded=None,
             alike=(),
-            unexplained=self.attribution.unexplained.share,
-            notices=tuple(self.attribution.notices),
+            unexplained=self.attributed.found.unexplained.share,
+            notices=tuple(self.attributed.found.notices),
         )
+
+
+def _likeness(attribution: Attribution, members: Members, names: Sequence[str], near: Recipe) -> Recipe:
+    """Return the known part of a merge: what attribution says of each model, whatever the rest is."""
+    found = {item.name: item for item in attribution.components}
+    weights = [round(found[name].weight or found[name].coefficient, 3) for name in names]
+    inputs = members.inputs(*({"weight": weight} for weight in weights))
+    return Recipe("task_arithmetic", members.base, inputs, dtype=near.dtype, out_dtype=near.out_dtype)
 
 
 def _kind(recipe: Recipe) -> tuple[object, ...]:

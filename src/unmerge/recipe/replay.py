@@ -163,13 +163,14 @@ def _free(method: str, inputs: Inputs, grid: Arithmetic, found: Array, equal: Bi
     """Return how many elements the recipe does not decide, how many of them are equal, and how many explained."""
     if equal.all():
         return 0, 0, 0
-    open_ = undecided(method, inputs)
+    open_ = undecided(method, inputs, ~equal)
     if open_ is None:
         return 0, 0, 0
-    explained = equal[open_.places].copy()
+    explained = np.zeros(len(open_.places), dtype=np.bool_)
     for outcome in open_.outcomes:
         explained |= same(grid.round(outcome), found[open_.places])
-    return len(open_.places), int(np.count_nonzero(equal[open_.places])), int(np.count_nonzero(explained))
+    free_equal = open_.count - len(open_.places)
+    return open_.count, free_equal, free_equal + int(np.count_nonzero(explained))
 
 
 def _largest(ours: Array, found: Array, equal: Bits, dtype: str) -> float:

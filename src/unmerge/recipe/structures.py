@@ -161,13 +161,15 @@ def fit_dense(sample: Sample) -> Fit:
     return Fit(DENSE, parameters, _error(sample, DENSE, parameters))
 
 
-def fit(sample: Sample, structure: Structure, start: FloatArray) -> Fit:
+def fit(sample: Sample, structure: Structure, start: FloatArray, *, evaluations: int = EVALUATIONS) -> Fit:
     """Search a structure's parameters.
 
     Parameters
     ----------
     start : array, shape (k,)
         Rough weights, of least squares for example.
+    evaluations : int
+        After so many the search from one start ends.
     """
     candidates = [
         _scaled(sample, structure, Parameters(weights, np.full(len(start), density), np.full(len(start), 0.01)))
@@ -175,9 +177,10 @@ def fit(sample: Sample, structure: Structure, start: FloatArray) -> Fit:
         for weights in (start, np.sign(start) * np.abs(start).mean())
     ]
     candidates.sort(key=lambda candidate: candidate.error)
-    found = min((refine(sample, candidate) for candidate in candidates[:BEST_STARTS]), key=lambda found: found.error)
+    refined = (refine(sample, candidate, evaluations=evaluations) for candidate in candidates[:BEST_STARTS])
+    found = min(refined, key=lambda found: found.error)
     jumped = _jumped(sample, found)
-    return refine(sample, jumped) if jumped.error < found.error else found
+    return refine(sample, jumped, evaluations=evaluations) if jumped.error < found.error else found
 
 
 def _jumped(sample: Sample, best: Fit) -> Fit:
@@ -191,17 +194,19 @@ def _jumped(sample: Sample, best: Fit) -> Fit:
     return best
 
 
-def refine(sample: Sample, found: Fit, *, shrunk: float = 1.0) -> Fit:
+def refine(sample: Sample, found: Fit, *, shrunk: float = 1.0, evaluations: int = EVALUATIONS) -> Fit:
     """Search around a fit, one parameter at a time, with steps that shrink.
 
     Parameters
     ----------
     shrunk : float
         What to divide the first steps by, near an optimum.
+    evaluations : int
+        After so many the search ends.
     """
     best = _scaled(sample, found.structure, found.parameters)
     names = ["weights"] + ["densities"] * found.structure.trims + ["gammas"] * found.structure.drops_outliers
-    left = EVALUATIONS
+    left = evaluations
     for turn in range(ROUNDS):
         improved = True
         while improved and left > 0:

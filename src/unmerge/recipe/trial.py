@@ -14,7 +14,7 @@ from unmerge.errors import RecipeError
 from unmerge.merging.arithmetic import Arithmetic, Array
 from unmerge.merging.method import Draws, MergeMethod
 from unmerge.merging.registry import MERGEKIT, MERGEKIT_TO_0_1_4
-from unmerge.recipe.document import Conditional, ModelReference, Recipe, Setting, storage_type
+from unmerge.recipe.document import Conditional, ModelReference, Recipe, Setting, Settings, storage_type
 from unmerge.recipe.making import Inputs, make, promoted
 from unmerge.recipe.plan import InputTensor, PlannedTensor, plan
 from unmerge.recipe.replay import compare
@@ -26,10 +26,14 @@ NUMBER_STEPS = (0.05, 0.01, 0.005)
 """By how much the numbers of a recipe are moved, to see if more bits come out equal."""
 SMALL = 0.05
 """Numbers below it are moved by shares of themselves."""
-NOTHING = 1e-5
-"""A share of values that is not counted as lost."""
-SCREENING, SEMIFINAL = 2, 10
-"""Many recipes are tried on so many tensors first; so many of them go on to all."""
+NOTHING, LEAST = 1e-5, 1e-6
+"""A share of values that is not counted as lost, and one that is not counted as won."""
+SCREENING, SEMIFINAL = 2, 6
+"""Recipes are tried on so many tensors first; so many of them go on to all."""
+BEHIND = 0.1
+"""By how much less than the best a recipe may make of the first tensors to go on."""
+HOPELESS = 0.5
+"""Where the best makes less of the first tensors, nothing goes on."""
 POLISHED = {"weight", "density", "gamma", "epsilon", "lambda", "t", "select_topk"}
 """The parameters whose numbers are."""
 
@@ -115,7 +119,7 @@ class Trial:
         method = CONVENTIONS[self.convention][recipe.merge_method]
         names = {reference: self.models[reference].tensors for reference in recipe.references}
         wanted, drawn = set(self.names), 0
-        for planned in plan(recipe, method, names).tensors:
+        for planned in plan(recipe, method, names, None if method.draws else wanted).tensors:
             if planned.name in wanted:
                 yield planned, drawn
             drawn += self._draws(planned) if method.draws else 0
@@ -137,14 +141,25 @@ class Trial:
             self._loaded[key] = load(self.models[tensor.model].tensors[tensor.stored], arithmetic)
         return self._loaded[key]
 
+    @property
+    def screening(self) -> Trial:
+        """The same on a few tensors, the first and the last: parameters may change with depth."""
+        return self.of([*self.names[: SCREENING - 1], *self.names[SCREENING - 1 :][-1:]])
+
     def best(self, recipes: Iterable[Recipe]) -> list[Tried]:
-        """Try recipes, the best first; those that are written alike are tried once."""
+        """Try recipes, the best first; those that are written alike are tried once.
+
+        What makes little of a few tensors is not tried on the others, and its share is of those few.
+        """
         different = list({repr(recipe): recipe for recipe in recipes}.values())
-        if len(different) > SEMIFINAL:
-            few = self.of(self.names[:SCREENING])
-            screened = sorted((few.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
-            different = [tried.recipe for tried in screened[:SEMIFINAL]]
-        return sorted((self.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
+        screening = self.screening
+        screened = sorted((screening.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
+        if not screened or screened[0].share < HOPELESS or screening.names == self.names:
+            return screened
+        going_on = [one for one in screened[:SEMIFINAL] if one.share >= screened[0].share - BEHIND]
+        whole = [self.attempt(one.recipe) for one in going_on]
+        behind = [one for one in screened[len(going_on) :] if one.share < min(found.share for found in whole)]
+        return [*sorted(whole, key=lambda tried: -tried.share), *behind]
 
 
 def polish(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = None) -> Tried:
@@ -153,13 +168,31 @@ def polish(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = No
         improved = True
         while improved and tried.share < FAIR:
             before = tried
-            for moved in _neighbours(tried.recipe, step):
-                candidate = _attempt_moved(trial, moved, draws)
-                if candidate is not None and candidate.share > tried.share + 1e-6:
-                    tried = candidate
-                    break
+            tried = _moved_once(trial, tried, step, draws)
             improved = tried is not before
     return tried
+
+
+def _moved_once(trial: Trial, tried: Tried, step: float, draws: Callable[[int], Draws] | None) -> Tried:
+    """Try to move every number of a recipe by a step."""
+    few = trial.screening
+    on_few = few.attempt(tried.recipe, draws)
+    for number in range(-1, len(tried.recipe.models)):
+        for name, value in _settings(tried.recipe, number).items():
+            for moved in _moved(name, value, step):
+                recipe = _with_setting(tried.recipe, number, name, moved)
+                looked_at = _attempt_moved(few, recipe, draws)
+                if looked_at is None or looked_at.share < on_few.share:
+                    continue
+                candidate = trial.attempt(recipe, draws)
+                if candidate.share > tried.share + LEAST:
+                    tried, on_few = candidate, looked_at
+    return tried
+
+
+def _settings(recipe: Recipe, number: int) -> Settings:
+    """Return the settings of one model, or of the whole recipe (-1)."""
+    return recipe.parameters if number < 0 else recipe.models[number].parameters
 
 
 def _attempt_moved(trial: Trial, recipe: Recipe, draws: Callable[[int], Draws] | None) -> Tried | None:
@@ -168,14 +201,6 @@ def _attempt_moved(trial: Trial, recipe: Recipe, draws: Callable[[int], Draws] |
         return trial.attempt(recipe, draws)
     except RecipeError:
         return None
-
-
-def _neighbours(recipe: Recipe, step: float) -> Iterator[Recipe]:
-    for number in range(-1, len(recipe.models)):
-        settings = recipe.parameters if number < 0 else recipe.models[number].parameters
-        for name, value in settings.items():
-            for moved in _moved(name, value, step):
-                yield _with_setting(recipe, number, name, moved)
 
 
 def _moved(name: str, value: Setting, step: float) -> Iterator[Setting]:
@@ -207,8 +232,7 @@ def simplify(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = 
 
 def _simpler(recipe: Recipe, number: int) -> Iterator[Callable[[Recipe], Recipe]]:
     """Yield changes of the settings of one model, or of the whole recipe (-1), the most radical last."""
-    settings = recipe.parameters if number < 0 else recipe.models[number].parameters
-    for name, value in settings.items():
+    for name, value in _settings(recipe, number).items():
         for simpler in _rounder(name, value):
             yield partial(_with_setting, number=number, name=name, value=simpler)
 
