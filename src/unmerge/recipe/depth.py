@@ -15,9 +15,11 @@ from unmerge.recipe.document import Conditional, Setting
 from unmerge.recipe.sample import Sample
 from unmerge.recipe.structures import Parameters
 
-Level = Literal["whole", "layer", "module", "both"]
+Level = Literal["whole", "layer", "module", "both", "projection", "each"]
 LEVELS: tuple[Level, ...] = ("whole", "layer", "module", "both")
-"""How finely parameters may vary, the coarsest first."""
+"""How finely parameters may vary, the coarsest first; a module is the attention of all layers, for one."""
+FINE_LEVELS: tuple[Level, ...] = (*LEVELS, "projection", "each")
+"""The same with levels for filters within modules, such as ``q_proj``."""
 WORSE, FLOORS = 10.0, 3.0
 """A level may do if it leaves at most this many times what the finest leaves, and so many floors more."""
 ENOUGH = 1.05
@@ -85,11 +87,18 @@ def part_of(name: str, level: Level) -> Part:
     match = LAYER.search(name)
     if match is None:
         return Part(name)
-    module = match["module"].split(".")[0] if level in {"module", "both"} else ""
-    return Part(module, int(match["layer"]) if level in {"layer", "both"} else -1)
+    return Part(_module_of(match["module"], level), int(match["layer"]) if level in {"layer", "both", "each"} else -1)
 
 
-def fit_parts(sample: Sample, fit: PartFit, depth: int, *, whole_first: bool = False) -> Iterator[Parts]:
+def _module_of(name: str, level: Level) -> str:
+    if level in {"projection", "each"}:
+        return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    return name.partition(".")[0] if level in {"module", "both"} else ""
+
+
+def fit_parts(
+    sample: Sample, fit: PartFit, depth: int, *, whole_first: bool = False, levels: Sequence[Level] = LEVELS
+) -> Iterator[Parts]:
     """Fit a model's parts on their own, and yield the levels that may do, the coarsest first.
 
     What is at the threshold of a trim makes fine levels look better than they are, so the bits must decide.
@@ -104,11 +113,13 @@ def fit_parts(sample: Sample, fit: PartFit, depth: int, *, whole_first: bool = F
     whole_first : bool
         Whether to yield the whole model before anything else is fitted, where fits are slow and most recipes have
         the same numbers everywhere.
+    levels : sequence of str
+        How finely parameters may vary, the coarsest first.
     """
     if whole_first:
         yield _fit_level(sample, fit, "whole", depth)
-    finest = _fit_level(sample, fit, "both", depth)
-    for level in LEVELS[int(whole_first) : -1]:
+    finest = _fit_level(sample, fit, levels[-1], depth)
+    for level in levels[int(whole_first) : -1]:
         found = _fit_level(sample, fit, level, depth)
         if found.error <= WORSE * finest.error + FLOORS * sample.floor:
             yield found

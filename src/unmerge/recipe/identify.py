@@ -24,7 +24,7 @@ from unmerge.recipe.candidates import (
     usual_candidates,
     with_lambdas,
 )
-from unmerge.recipe.depth import FLOORS, Part, PartFit, Parts, fit_parts
+from unmerge.recipe.depth import FINE_LEVELS, FLOORS, Part, PartFit, Parts, fit_parts
 from unmerge.recipe.document import Recipe
 from unmerge.recipe.masks import MASKINGS, MAX_MODELS, Decoding, Masking, decode, kept_shares
 from unmerge.recipe.sample import Sample
@@ -39,8 +39,8 @@ NEARLY = 0.8
 """Below it, a recipe is not only written in another way."""
 PROMISING = 0.7
 """Below it, polishing is not worth while."""
-REWRITTEN, POLISHED = 4, 2
-"""How many recipes of a family are written in other ways, and how many are polished."""
+REWRITTEN, ALIKE, POLISHED = 6, 2, 2
+"""How many recipes of a family are written in other ways, how many of one method, and how many are polished."""
 RIVAL = 0.03
 """By how much less than the best a recipe may make for that."""
 WEIGHED, NOISE = 0.05, 30.0
@@ -131,7 +131,7 @@ Attempts = Iterator[tuple[float, list[Tried]]]
 
 def _weighed(sample: Sample, trial: Trial, members: Members, types: Types, depth: int) -> Attempts:
     """Try recipes in which whole changes are weighed, the commonest first, and those that leave nothing to choose."""
-    levels = list(fit_parts(sample, _dense_part, depth))
+    levels = list(fit_parts(sample, _dense_part, depth, levels=FINE_LEVELS))
     for parts in levels:
         # Only what makes every value needs no other to be compared with.
         yield 1.0, trial.best(_typed(usual_candidates(parts, members), types))
@@ -164,12 +164,24 @@ def _attempt(trial: Trial, recipes: Iterable[Recipe], types: Types) -> list[Trie
     tried = trial.best(_typed(recipes, types))
     if not tried or tried[0].share == 1.0:
         return tried
-    near = [one for one in tried[:REWRITTEN] if one.share >= tried[0].share - RIVAL]
+    near = _rivals(tried)
     head = [_rewritten(trial, one) if one.share >= NEARLY else one for one in near]
     head.sort(key=lambda one: -one.share)
     if head[0].share < FAIR:
         head = [polish(trial, one) if one.share >= PROMISING else one for one in head[:POLISHED]] + head[POLISHED:]
-    return sorted([*head, *tried[len(near) :]], key=lambda one: -one.share)
+    taken = {id(one) for one in near}
+    rest = [one for one in tried if id(one) not in taken]
+    return sorted([*head, *rest], key=lambda one: -one.share)
+
+
+def _rivals(tried: Sequence[Tried]) -> list[Tried]:
+    """Return the best recipes, of no method more than `ALIKE`: another order of models may be what is wrong."""
+    near: list[Tried] = []
+    for one in tried:
+        of_method = sum(other.recipe.merge_method == one.recipe.merge_method for other in near)
+        if one.share >= tried[0].share - RIVAL and of_method < ALIKE:
+            near.append(one)
+    return near[:REWRITTEN]
 
 
 def _rewritten(trial: Trial, tried: Tried) -> Tried:

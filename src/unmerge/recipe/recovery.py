@@ -35,7 +35,7 @@ from unmerge.recipe.proof import Alternative, Decoded, Member, Recovery, proof_o
 from unmerge.recipe.sample import ReadRows, Sample, draw_sample
 from unmerge.recipe.seed_search import SEEDS
 from unmerge.recipe.sources import Model, open_model
-from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, NOTHING, Trial, Tried, polish, simplify
+from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, Trial, Tried, polish, simplify, spare
 from unmerge.result import Attribution
 from unmerge.solvers import SOLVERS
 from unmerge.summary import summarise
@@ -236,13 +236,13 @@ class _Recoverer:
     def _best(self, trial: Trial, found: Identified, types: Types) -> _Best:
         if found.masked is not None:
             return self._with_seed(trial, found.masked, types)
-        leading = found.tried[0].share
+        leading = found.tried[0]
         equal = [
             tried
             for tried in found.tried
-            if leading - tried.share <= NOTHING and tried.convention == found.tried[0].convention
+            if leading.share - tried.share <= spare(leading) and tried.convention == leading.convention
         ]
-        trial = replace(trial, convention=found.tried[0].convention)
+        trial = replace(trial, convention=leading.convention)
         chosen = simplify(trial, min(equal, key=lambda tried: _unusual(tried.recipe)))
         chosen, threads = _threaded(trial, chosen, None)
         others = [tried for tried in found.tried if _kind(tried.recipe) != _kind(chosen.recipe)]

@@ -156,10 +156,20 @@ class Trial:
         screened = sorted((screening.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
         if not screened or screened[0].share < HOPELESS or screening.names == self.names:
             return screened
-        going_on = [one for one in screened[:SEMIFINAL] if one.share >= screened[0].share - BEHIND]
+        leading = screened[0].share
+        going_on = [
+            one
+            for place, one in enumerate(screened)
+            if one.share == leading or (place < SEMIFINAL and one.share >= leading - BEHIND)
+        ]
         whole = [self.attempt(one.recipe) for one in going_on]
         behind = [one for one in screened[len(going_on) :] if one.share < min(found.share for found in whole)]
         return [*sorted(whole, key=lambda tried: -tried.share), *behind]
+
+
+def spare(tried: Tried) -> float:
+    """Return the share of values that a recipe may make less and still count as equal: none of one that makes all."""
+    return 0.0 if tried.share == 1.0 else NOTHING
 
 
 def polish(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = None) -> Tried:
@@ -225,7 +235,7 @@ def simplify(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = 
     """Replace gradients by shorter ones, and numbers by rounder ones, as long as no fewer values come out equal."""
     for moved in chain.from_iterable(_simpler(tried.recipe, number) for number in range(-1, len(tried.recipe.models))):
         candidate = _attempt_moved(trial, moved(tried.recipe), draws)
-        if candidate is not None and candidate.share >= tried.share - NOTHING:
+        if candidate is not None and candidate.share >= tried.share - spare(tried):
             tried = candidate
     return tried
 
