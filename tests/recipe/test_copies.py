@@ -19,7 +19,7 @@ from unmerge.checkpoint.tensor import ArrayTensor, values
 from unmerge.dictionary import open_atom, open_base
 from unmerge.errors import AlignmentError, RecipeError
 from unmerge.recipe.adapted import merged_adapter
-from unmerge.recipe.copies import ROUNDING, find_copies, role_of
+from unmerge.recipe.copies import ROUNDING, find_copies, may_be_copied, role_of
 from unmerge.testing import tiny_model, write_checkpoint
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -335,3 +335,11 @@ def test_a_merged_adapter_is_what_peft_stores(tmp_path, options, twice, safe_mer
             assert max(copy.equal for copy in origin.copies) > 0.998
     differing = {name for name, origin in found.items() if len(origin.copies) == 1}
     assert differing == {name for name in found if name.endswith("weight") and any(module in name for module in twice)}
+
+
+def test_a_sample_tells_what_cannot_be_a_stack(tmp_path):
+    known = {"a": model(tmp_path, L0=weights(0, 8, 8), L1=weights(1, 8, 8)), "b": model(tmp_path, L0=weights(2, 8, 8))}
+    assert may_be_copied(model(tmp_path, L0=weights(2, 8, 8), L1=weights(0, 8, 8)), known)
+    mean = ((weights(0, 8, 8).float() + weights(2, 8, 8).float()) / 2.0).to(torch.bfloat16)
+    assert not may_be_copied(model(tmp_path, L0=mean, L1=weights(1, 8, 8)), known)
+    assert not may_be_copied(model(tmp_path, L0=weights(0, 8, 8), L1=weights(3, 4, 8)), known)

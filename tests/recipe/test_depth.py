@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.recipe.samples import changes, sample_of
 from tests.recipe.worlds import quiet_mergekit
-from unmerge.recipe.depth import LEVELS, Level, Part, Parts, columns, fit_parts, part_of, ratios, setting
+from unmerge.recipe.depth import FINE_LEVELS, LEVELS, Level, Part, Parts, columns, fit_parts, part_of, ratios, setting
 from unmerge.recipe.document import Conditional, Setting
 from unmerge.recipe.sample import Sample
 from unmerge.recipe.structures import Parameters, fit_dense
@@ -127,6 +127,33 @@ def test_the_last_level_is_the_coarsest_that_explains_all(value: Any, level: Lev
     assert [evaluated(found, name) for name in NAMES] == pytest.approx([evaluated(value, name) for name in NAMES])
     for name in NAMES:
         assert levels[-1].of(name).weights[0] == pytest.approx(evaluated(value, name))
+
+
+def test_filters_within_modules_are_found_where_they_are_looked_for() -> None:
+    value = [Conditional([0.0, 0.5, 0.3, 0.7], "q_proj"), Conditional(1.0, "o_proj"), Conditional(0.4)]
+    sample = joined(value, NAMES)
+    [*_, last] = fit_parts(sample, dense, DEPTH, levels=FINE_LEVELS)
+    assert (last.level, last.error < 1e-9) == ("each", True)
+    [weight] = columns(last, "weights", [0])
+    found: Setting = setting(weight, DEPTH, 0.001)
+    assert [evaluated(found, name) for name in NAMES] == pytest.approx(
+        [evaluated(value, name) for name in NAMES], abs=0.002
+    )
+    [*_, without] = fit_parts(sample, dense, DEPTH)
+    assert without.error > 0.01
+
+
+def test_the_whole_model_comes_first_where_fits_are_slow() -> None:
+    fitted: list[int] = []
+
+    def counted(part: Sample) -> tuple[Parameters, float]:
+        fitted.append(len(part.change))
+        return dense(part)
+
+    found = fit_parts(joined([0.2, 0.8], NAMES), counted, DEPTH, whole_first=True)
+    assert next(found).level == "whole"
+    assert len(fitted) == 1
+    assert [one.level for one in found] == ["layer"]
 
 
 def test_errors_are_of_the_whole_energy() -> None:

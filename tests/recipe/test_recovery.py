@@ -13,10 +13,13 @@ from tests.recipe.passthrough import bits, random_model, write_model
 from tests.recipe.passthrough import merge as run_mergekit
 from tests.recipe.tunes import MERGES, SEEDS, Tunes
 from tests.recipe.worlds import models
+from unmerge.attribution import explain, open_atoms, open_target
 from unmerge.checkpoint.reader import open_checkpoint
+from unmerge.dictionary import open_base
 from unmerge.errors import RecipeError
 from unmerge.recipe.document import Recipe, parse_recipe
 from unmerge.recipe.recovery import Search, recover
+from unmerge.solvers import SOLVERS
 
 NORMALIZED = {"linear", "linear in float32", "ties", "ties with lambda", "della"}
 """Merges in which only the ratios of weights matter."""
@@ -155,6 +158,43 @@ def test_a_stack_of_layers_is_recovered(tmp_path: Path) -> None:
     assert (found.status, found.method, found.exit_code) == ("proven", "passthrough", 0)
     assert found.recipe is not None
     assert bits(run_mergekit(yaml.safe_load(found.recipe), tmp_path / "again")) == bits(target)
+
+
+@pytest.mark.parametrize("parts", [[("b", 2, 4), ("a", 0, 2)], [("b", 0, 4)]])
+def test_copies_at_the_same_depth_are_told_as_copies(tmp_path: Path, parts: list[tuple[str, int, int]]) -> None:
+    """Layers in another order are not like the base, and a copy of one model is no mean of models."""
+    model, noise = random_model(0, 4), random_model(1, 4)
+    tunes = {
+        name: {key: value + size * noise[key] for key, value in model.items()}
+        for name, size in (("a", 0.05), ("b", 0.08))
+    }
+    paths = {name: str(write_model(tmp_path / name, one)) for name, one in (("base", model), *tunes.items())}
+    document = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": paths[name], "layer_range": [i, j]}]} for name, i, j in parts],
+        "dtype": "bfloat16",
+    }
+    target = run_mergekit(document, tmp_path / "target")
+    found = recover(str(tmp_path / "target"), [paths["a"], paths["b"]], base=paths["base"])
+    assert (found.status, found.method, found.exit_code) == ("proven", "passthrough", 0)
+    assert {member.name for member in found.members} == {name for name, *_ in parts}
+    recipe = parse_recipe(found.recipe or "")
+    assert (len(recipe.slices), len(recipe.models)) == ((2, 0) if len(parts) == 2 else (0, 1))
+    assert bits(run_mergekit(yaml.safe_load(found.recipe or ""), tmp_path / "again")) == bits(target)
+
+
+def test_who_is_present_does_not_hang_on_exact_weights(tunes: Tunes) -> None:
+    base = open_base(tunes.path("base"))
+    dictionary, extra = open_atoms(tunes.known, base)
+    target = open_target(str(tunes.merged("linear")), base)
+    exact, rough = (
+        explain(target, dictionary, extra, base, SOLVERS["nnls"](signed=False), refined=refined)[0]
+        for refined in (True, False)
+    )
+    assert {one.name: one.present for one in exact.components} == {one.name: one.present for one in rough.components}
+    found = {one.name: one.weight for one in rough.components if one.present}
+    assert found == pytest.approx({"math": 0.5, "code": 0.3, "chat": 0.2}, abs=0.05)
+    assert rough.unexplained.share == pytest.approx(exact.unexplained.share, abs=0.01)
 
 
 def test_the_same_inputs_give_the_same_bytes_in_any_order(tunes: Tunes) -> None:

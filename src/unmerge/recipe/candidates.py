@@ -25,6 +25,8 @@ SUMS_TO_ONE = 0.02
 """How near to 1 the sum of weights is where a method divides by it."""
 CLOSELY = 0.25
 """The share of the usual tolerance within which a gradient follows what was found, where a shorter one does not do."""
+CORRECTED, SMALLEST = 0.2, 1e-3
+"""By what share a density may be corrected to the one that a recipe names, and the smallest that is."""
 SAME = 0.02
 """Densities, or epsilons, that differ by less are given one value."""
 STRAIGHT = 1e-3
@@ -236,6 +238,8 @@ def masked_candidates(parts: Parts, masking: Masking, members: Members) -> Itera
     if by_rank:
         shared = _shared_where_alike(columns(parts, "gammas", range(count)), parts.depth, "densities")
         more = [{**own, "epsilon": epsilon} for own, epsilon in zip(more, shared, strict=True)]
+    else:
+        parts = _rescaled(parts, densities, normalize=masking.normalize)
     method = {(False, False): "dare_linear", (False, True): "dare_ties", (True, False): "della_linear"}.get(
         (by_rank, masking.consensus), "della"
     )
@@ -244,6 +248,20 @@ def masked_candidates(parts: Parts, masking: Masking, members: Members) -> Itera
         # Slopes are known less exactly than other numbers, and most recipes have one for all.
         alike = [{**own, "epsilon": simplest(float(np.mean(epsilons)), SAME)} for own in more]
         yield from _weighed(method, parts, members, alike, normalize=masking.normalize)
+
+
+def _rescaled(parts: Parts, densities: Sequence[Setting], *, normalize: bool) -> Parts:
+    """Return weights as they are with the densities that a recipe names: w / density is better known than either."""
+    if parts.level != "whole":
+        return parts
+    (only,) = parts.parameters.values()
+    told = np.array([float(density) for density in densities if not isinstance(density, tuple)])
+    shares = told / np.maximum(only.densities, SMALLEST)
+    if told.max() > 1.0 or np.abs(shares - 1.0).max() > CORRECTED:
+        return parts
+    if normalize:
+        return replace(parts, parameters={Part(): replace(only, scale=only.scale * float(shares.mean()))})
+    return replace(parts, parameters={Part(): replace(only, weights=only.weights * shares)})
 
 
 def _possible(parts: Parts) -> bool:
