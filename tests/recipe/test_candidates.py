@@ -174,7 +174,7 @@ def test_random_masks_are_written(masking: str, epsilon: float, method: str, tol
 
 def test_weights_are_those_beside_the_density_that_is_written() -> None:
     """What is decoded is the quotient of both; a density that is counted is off by chance, and the weight with it."""
-    found = accepted(masked_candidates(whole([0.312, 0.104], (0.104, 0.104), (0.0, 0.0)), MASKING["linear"], MEMBERS))
+    found = accepted(masked_candidates(whole([0.312, 0.104], (0.102, 0.102), (0.0, 0.0)), MASKING["linear"], MEMBERS))
     assert [dict(item.parameters) for item in found[0].models] == [
         {"weight": 0.3, "density": 0.1}, {"weight": 0.1, "density": 0.1}
     ]  # fmt: skip
