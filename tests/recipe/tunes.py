@@ -57,6 +57,7 @@ MERGES = {
         "task_arithmetic", weights(0.7, 0.4, 0.25), dtype="float32", out_dtype="bfloat16"
     ),
     "ties": merge("ties", weights(0.5, 0.3, 0.2, density=(0.7, 0.5, 0.3))),
+    "ties of one density": merge("ties", weights(0.5, 0.3, 0.2, density=0.5)),
     "ties, not normalized": merge("ties", weights(0.5, 0.4, 0.3, density=0.6), parameters={"normalize": False}),
     "ties with lambda": merge("ties", weights(0.5, 0.4, density=0.6), parameters={"lambda": 1.3}),
     "breadcrumbs": merge("breadcrumbs", weights(0.7, 0.4, density=0.6, gamma=0.02)),

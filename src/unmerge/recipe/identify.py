@@ -119,9 +119,11 @@ def identify(sample: Sample, trial: Trial, members: Members, types: Types, depth
     tried: list[Tried] = []
     families = (family(sample, trial, members, types, depth) for family in (_weighed, _trimmed))
     for enough, found in chain.from_iterable(families):
-        tried = sorted([*tried, *found], key=lambda one: -one.share)
-        if tried[0].share >= enough:
+        tried = sorted([*tried, *found], key=lambda one: -one.rank)
+        if tried[0].exact >= enough:
             return Identified(tuple(tried))
+    if tried and tried[0].share >= CERTAIN:
+        return Identified(tuple(tried))  # the machine that merged sorts otherwise than this one
     return Identified(tuple(tried), _masked(sample, fit_dense(sample).parameters.weights, members, depth))
 
 
@@ -162,16 +164,16 @@ def _typed(recipes: Iterable[Recipe], types: Types) -> Iterator[Recipe]:
 
 def _attempt(trial: Trial, recipes: Iterable[Recipe], types: Types) -> list[Tried]:
     tried = trial.best(_typed(recipes, types))
-    if not tried or tried[0].share == 1.0:
+    if not tried or tried[0].exact == 1.0:
         return tried
     near = _rivals(tried)
     head = [_rewritten(trial, one) if one.share >= NEARLY else one for one in near]
-    head.sort(key=lambda one: -one.share)
+    head.sort(key=lambda one: -one.rank)
     if head[0].share < FAIR:
         head = [polish(trial, one) if one.share >= PROMISING else one for one in head[:POLISHED]] + head[POLISHED:]
     taken = {id(one) for one in near}
     rest = [one for one in tried if id(one) not in taken]
-    return sorted([*head, *rest], key=lambda one: -one.share)
+    return sorted([*head, *rest], key=lambda one: -one.rank)
 
 
 def _rivals(tried: Sequence[Tried]) -> list[Tried]:
@@ -187,9 +189,9 @@ def _rivals(tried: Sequence[Tried]) -> list[Tried]:
 def _rewritten(trial: Trial, tried: Tried) -> Tried:
     """Look for the same weights written otherwise: as products with a lambda, or in another order."""
     if tried.share < FAIR:
-        tried = max([tried, *trial.best(with_lambdas(tried.recipe))], key=lambda one: one.share)
+        tried = max([tried, *trial.best(with_lambdas(tried.recipe))], key=lambda one: one.rank)
     if tried.share < 1.0:
-        tried = max([tried, *trial.best(reordered(tried.recipe))], key=lambda one: one.share)
+        tried = max([tried, *trial.best(reordered(tried.recipe))], key=lambda one: one.rank)
     return tried
 
 

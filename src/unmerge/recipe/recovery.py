@@ -35,7 +35,7 @@ from unmerge.recipe.proof import Alternative, Decoded, Member, Recovery, proof_o
 from unmerge.recipe.sample import ReadRows, Sample, draw_sample
 from unmerge.recipe.seed_search import SEEDS
 from unmerge.recipe.sources import Model, open_model
-from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, Trial, Tried, polish, simplify, spare
+from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, Trial, Tried, is_as_good, polish, simplify
 from unmerge.result import Attribution
 from unmerge.solvers import SOLVERS
 from unmerge.summary import summarise
@@ -238,9 +238,7 @@ class _Recoverer:
             return self._with_seed(trial, found.masked, types)
         leading = found.tried[0]
         equal = [
-            tried
-            for tried in found.tried
-            if leading.share - tried.share <= spare(leading) and tried.convention == leading.convention
+            tried for tried in found.tried if is_as_good(tried, leading) and tried.convention == leading.convention
         ]
         trial = replace(trial, convention=leading.convention)
         chosen = simplify(trial, min(equal, key=lambda tried: _unusual(tried.recipe)))
@@ -266,7 +264,7 @@ class _Recoverer:
                 for recipe in masked.recipes
                 for dtype, out in types
             ]
-            tried = max((trial.attempt(recipe, draws) for recipe in recipes), key=lambda one: one.share)
+            tried = max((trial.attempt(recipe, draws) for recipe in recipes), key=lambda one: one.rank)
             tried, threads = _threaded(trial, tried, draws)
             threaded = replace(trial, threads=threads)
             tried = polish(threaded, tried, draws) if tried.share < FAIR else tried
@@ -364,7 +362,7 @@ def _threaded(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None) 
     if tried.share >= FAIR:
         return tried, 1
     attempts = [(replace(trial, threads=threads).attempt(tried.recipe, draws), threads) for threads in THREADS]
-    return max(attempts, key=lambda attempt: (attempt[0].share, -attempt[1]))
+    return max(attempts, key=lambda attempt: (attempt[0].rank, -attempt[1]))
 
 
 def _after(seed: int) -> Callable[[int], Draws]:

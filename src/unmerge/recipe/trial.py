@@ -52,17 +52,22 @@ class Tried:
     share : float
         Of the values that a model changes, how many are equal to the target's, to the bit, or at a trim threshold
         and one of what a sort may make of them.
-    decided : float
-        The share of values that are not at a threshold.
+    exact : float
+        The same where nothing but the bit counts: ties fall as this machine sorts them.
     recipe : Recipe
     convention : str
         A key of `CONVENTIONS`.
     """
 
     share: float
-    decided: float
+    exact: float
     recipe: Recipe = field(compare=False)
     convention: str = field(default=CURRENT, compare=False)
+
+    @property
+    def rank(self) -> float:
+        """How good it is; where much is free, many recipes explain all of it, and only the right one makes it."""
+        return self.share + self.exact
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +116,8 @@ class Trial:
             matches.append(compare(method.name, inputs, made, kind, self.target[planned.name]))
         active = max(1, sum(match.active for match in matches))
         unequal = sum(match.unequal for match in matches)
-        free = sum(match.free for match in matches)
-        return Tried(1.0 - unequal / active, 1.0 - min(1.0, free / active), recipe, self.convention)
+        different = sum(match.elements - match.equal for match in matches)
+        return Tried(1.0 - unequal / active, 1.0 - different / active, recipe, self.convention)
 
     def planned(self, recipe: Recipe) -> Iterator[tuple[PlannedTensor, int]]:
         """Yield the tensors of the trial as the recipe plans them, and how many draws come before each."""
@@ -153,7 +158,7 @@ class Trial:
         """
         different = list({repr(recipe): recipe for recipe in recipes}.values())
         screening = self.screening
-        screened = sorted((screening.attempt(recipe) for recipe in different), key=lambda tried: -tried.share)
+        screened = sorted((screening.attempt(recipe) for recipe in different), key=lambda tried: -tried.rank)
         if not screened or screened[0].share < HOPELESS or screening.names == self.names:
             return screened
         leading = screened[0].share
@@ -164,12 +169,17 @@ class Trial:
         ]
         whole = [self.attempt(one.recipe) for one in going_on]
         behind = [one for one in screened[len(going_on) :] if one.share < min(found.share for found in whole)]
-        return [*sorted(whole, key=lambda tried: -tried.share), *behind]
+        return [*sorted(whole, key=lambda tried: -tried.rank), *behind]
 
 
 def spare(tried: Tried) -> float:
     """Return the share of values that a recipe may make less and still count as equal: none of one that makes all."""
     return 0.0 if tried.share == 1.0 else NOTHING
+
+
+def is_as_good(one: Tried, leading: Tried) -> bool:
+    """Tell whether a recipe makes as much as another."""
+    return leading.share - one.share <= spare(leading) and leading.exact - one.exact <= NOTHING
 
 
 def polish(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = None) -> Tried:
@@ -235,7 +245,7 @@ def simplify(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = 
     """Replace gradients by shorter ones, and numbers by rounder ones, as long as no fewer values come out equal."""
     for moved in chain.from_iterable(_simpler(tried.recipe, number) for number in range(-1, len(tried.recipe.models))):
         candidate = _attempt_moved(trial, moved(tried.recipe), draws)
-        if candidate is not None and candidate.share >= tried.share - spare(tried):
+        if candidate is not None and is_as_good(candidate, tried):
             tried = candidate
     return tried
 
