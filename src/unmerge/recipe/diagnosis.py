@@ -265,15 +265,22 @@ def _random_numbers(case: Case) -> Iterator[Finding]:
                 if value != float(claim.value):
                     yield _number(case.hypothesis, claim, value)
     for claim in case.numbers:
-        nears = estimates.of_claim(claim) if claim.parameter.name == "density" else ()
-        for value in _beyond(float(claim.value), nears[-1]) if nears else ():
+        for value in _beside(claim, estimates):
             yield _number(case.hypothesis, claim, value)
 
 
-def _beyond(stands: float, near: float) -> list[float]:
-    """Return densities on the side where an estimate is: with many masks it is drawn to what the recipe says."""
-    side = 1.0 if near > stands else -1.0
-    values = (round(stands + side * step, 2) for step in SIDEWAYS)
+def _beside(claim: Claim, estimates: Estimates) -> list[float]:
+    """Return densities beside a claimed one; with many masks an estimate is drawn to what the recipe says.
+
+    They are on the side where the estimate is; on both where there is none, and the sizes of kept changes are off.
+    """
+    if claim.parameter.name != "density":
+        return []
+    stands, nears = float(claim.value), estimates.of_claim(claim)
+    if not nears and claim.owner not in estimates.weights:
+        return []
+    sides = (1.0 if nears[-1] > stands else -1.0,) if nears else (1.0, -1.0)
+    values = (round(stands + side * step, 2) for step in SIDEWAYS for side in sides)
     return [value for value in values if 0.0 < value < 1.0]
 
 
