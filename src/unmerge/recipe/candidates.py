@@ -248,6 +248,10 @@ def masked_candidates(parts: Parts, masking: Masking, members: Members) -> Itera
         # Slopes are known less exactly than other numbers, and most recipes have one for all.
         alike = [{**own, "epsilon": simplest(float(np.mean(epsilons)), SAME)} for own in more]
         yield from _weighed(method, parts, members, alike, normalize=masking.normalize)
+    sums = [float(one.weights.sum()) for one in parts.parameters.values()]
+    if not (masking.normalize or masking.consensus) and np.abs(np.array(sums) - 1.0).max() < SUMS_TO_ONE:
+        # Without an election, dividing by the weights makes other weights of them, and nothing else.
+        yield from _weighed(method, parts, members, more, normalize=True)
 
 
 def _rescaled(parts: Parts, densities: Sequence[Setting], *, normalize: bool) -> Parts:

@@ -61,6 +61,8 @@ EXACT = 0.003
 """A decoding that leaves this share of the energy holds for the whole model."""
 TRIMMED = 0.1
 """A structure that leaves more than this share of the energy explains nothing."""
+FEWER = 2.0
+"""How many times smaller the error must be for a structure with one parameter more."""
 KEPT = 0.98
 """Where more than this share of every change was kept, nothing was masked."""
 DECODED = 0.02
@@ -207,8 +209,8 @@ def _likely(sample: Sample, start: FloatArray) -> list[Structure]:
         structure: sum(fit(one, structure, start, evaluations=ROUGHLY).error * one.energy for one in few)
         for structure in STRUCTURES
     }
-    # Equal errors go to the structure with fewer parameters.
-    ordered = sorted(STRUCTURES, key=lambda structure: errors[structure] * (1.1 if structure.drops_outliers else 1.0))
+    # Outliers hold much of the energy: where dropping them leaves hardly less, none were dropped.
+    ordered = sorted(STRUCTURES, key=lambda structure: errors[structure] * (FEWER if structure.drops_outliers else 1.0))
     energy = sum(one.energy for one in few)
     return [structure for structure in ordered[:2] if errors[structure] < TRIMMED * energy]
 

@@ -23,7 +23,7 @@ from unmerge.dictionary import Atom, Base, Dictionary, open_base
 from unmerge.errors import AlignmentError, RecipeError
 from unmerge.merging.draws import TorchDraws
 from unmerge.merging.method import Draws
-from unmerge.recipe.candidates import Members
+from unmerge.recipe.candidates import Members, with_lambdas
 from unmerge.recipe.comparison import Advance, Compared, compare_all, lay_out
 from unmerge.recipe.copied import copied_whole, from_experts, from_layers, reference_of_atom, reference_of_base
 from unmerge.recipe.document import ModelInput, ModelReference, Recipe, to_yaml, torch_type
@@ -265,6 +265,9 @@ class _Recoverer:
                 for dtype, out in types
             ]
             tried = max((trial.attempt(recipe, draws) for recipe in recipes), key=lambda one: one.rank)
+            if tried.share < FAIR:
+                written = (trial.attempt(recipe, draws) for recipe in with_lambdas(tried.recipe))
+                tried = max([tried, *written], key=lambda one: one.rank)
             tried, threads = _threaded(trial, tried, draws)
             threaded = replace(trial, threads=threads)
             tried = polish(threaded, tried, draws) if tried.share < FAIR else tried
