@@ -43,11 +43,13 @@ EVERY = 4
 """Of so many tensors one is looked at to find how long a step is best."""
 INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
-BOLD = 5.0
-"""Half intervals that a polishing step may go."""
-CAUTION = 2.0
-"""Factor on the intervals. The jackknife does not see what errors of the stranger do to all tensors alike; this was
-measured on merges of known weights: 42 of 55 intervals held them without it, 51 with it."""
+WIDE, BOLD = 2.0, 5.0
+"""Half intervals over which slopes are measured; and how many times that a polishing step may go."""
+CAUTION, COARSE = 1.75, 0.5
+"""What is added to a factor of 1 on the intervals if a step of the grid is half as large as the stranger's changes, or
+larger; less where steps are finer. The jackknife does not see what errors of the stranger do to all tensors alike, and
+those come from rounding. Measured on merges of known weights: without it, 53 of 65 intervals hold them where changes
+are 0.3 or 1 % of the weights, and 27 of 29 at 3 %."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,19 +66,26 @@ class Beside:
         Degrees of freedom of the errors.
     drift : array, shape (P,)
         How far the weights moved with the last change of the noise.
+    coarseness : float
+        Steps of the grid over the stranger's changes, both in root mean square.
     """
 
     weights: FloatArray
     errors: FloatArray
     freedom: FloatArray
     drift: FloatArray
+    coarseness: float = 1.0
 
-    def half_widths(self, level: float) -> FloatArray:
-        """Return half of each Student interval, the drift counted in, widened by `CAUTION`."""
+    def sampling(self, level: float) -> FloatArray:
+        """Return half of each Student interval."""
         from scipy.special import stdtrit
 
-        sampling = stdtrit(np.maximum(self.freedom, 1.0), 0.5 + 0.5 * level) * self.errors
-        return np.asarray(CAUTION * np.hypot(sampling, self.drift))
+        return np.asarray(stdtrit(np.maximum(self.freedom, 1.0), 0.5 + 0.5 * level) * self.errors)
+
+    def half_widths(self, level: float) -> FloatArray:
+        """Return the same with the drift counted in, widened by up to `CAUTION`."""
+        caution = 1.0 + CAUTION * min(1.0, self.coarseness / COARSE) ** 2
+        return np.asarray(caution * np.hypot(self.sampling(level), self.drift))
 
     def intervals(self, level: float, *, signed: bool) -> FloatArray:
         """Return Student's intervals, shape (P, 2)."""
@@ -108,8 +117,18 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray) -> Beside | None
         levels.append(level)
     if len(levels) < 2:
         return None  # arithmetic was not precise, or nothing like this was merged
-    found = _polished(blocks, levels[-1].state, levels[-1].noise)
-    return None if found is None else replace(found, drift=np.abs(found.weights - levels[-2].state.weights))
+    state = levels[-1].state
+    found = _polished(blocks, state, levels[-1].noise)
+    if found is None:
+        return None
+    drift = np.abs(found.weights - levels[-2].state.weights)
+    return replace(found, drift=drift, coarseness=_coarseness(blocks, state))
+
+
+def _coarseness(blocks: Sequence[Block], state: _State) -> float:
+    steps = sum(float(np.mean(block.spacing**2)) for block in blocks)
+    changes = sum(float(np.mean(stranger.factors.product**2)) for stranger in state.strangers)
+    return float(np.sqrt(steps / changes)) if changes > 0.0 else np.inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,7 +278,7 @@ def _polished(blocks: Sequence[Block], state: _State, noise: float) -> Beside | 
         if answer is None:
             return None
         answers.append(answer)
-        reach = answer.half_widths(0.95)
+        reach = WIDE * answer.sampling(0.95)
         if turn < POLISH:
             state = _moved(refined, moves, step.clip(-BOLD * reach, BOLD * reach))
     # The slope is rough: of the last two errors the larger one.
