@@ -57,6 +57,16 @@ class Alternative(_Document):
     share: float = Field(description="Share of the values of some tensors that it makes.")
 
 
+class Range(_Document):
+    """Where a number of the recipe can be without changing a bit of some tensors, all others as they are."""
+
+    model: str | None = Field(description="Whose it is, by the user's name; null for the whole recipe's.")
+    parameter: str
+    value: float = Field(description="What the recipe says.")
+    low: float | None = Field(description="The smallest number that was found to make the same; null: no end found.")
+    high: float | None = Field(description="The largest number that was found to make the same; null: no end found.")
+
+
 class Recovery(_Document):
     """The recipe of a merge."""
 
@@ -76,7 +86,11 @@ class Recovery(_Document):
     threads: int | None = Field(description="torch's threads in the merge, as far as its bits show.")
     proof: Proof | None
     decoded: Decoded | None
-    alike: tuple[Alternative, ...]
+    alike: tuple[Alternative, ...] = Field(description="The best recipe of each other method that is nearly as good.")
+    free: tuple[str, ...] = Field(default=(), description="What else the recipe may say and make the same.")
+    ranges: tuple[Range, ...] = Field(
+        default=(), description="Of each single number of a proven recipe, the interval that makes the same bits."
+    )
     unexplained: float | None = Field(description="The attribution's unexplained share, before inversion.")
     notices: tuple[str, ...]
     version: str = Field(default=__version__, description="Version of unmerge.")

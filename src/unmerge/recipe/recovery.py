@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +25,15 @@ from unmerge.merging.draws import TorchDraws
 from unmerge.merging.method import Draws
 from unmerge.recipe.candidates import Members, with_lambdas
 from unmerge.recipe.comparison import Advance, Compared, compare_all, lay_out
-from unmerge.recipe.copied import copied_whole, from_experts, from_layers, reference_of_atom, reference_of_base
+from unmerge.recipe.copied import BASE, copied_whole, from_experts, from_layers, reference_of_atom, reference_of_base
 from unmerge.recipe.document import ModelInput, ModelReference, Recipe, to_yaml, torch_type
 from unmerge.recipe.experts import has_experts
+from unmerge.recipe.freedom import freedom
 from unmerge.recipe.identify import Identified, Masked, Types, decoy_error, identify
 from unmerge.recipe.mask_seed import HUMAN, find_seed
 from unmerge.recipe.probes import Hypothesis
-from unmerge.recipe.proof import Alternative, Decoded, Member, Recovery, proof_of
+from unmerge.recipe.proof import Alternative, Decoded, Member, Range, Recovery, proof_of
+from unmerge.recipe.ranges import ranges_of
 from unmerge.recipe.sample import ReadRows, Sample, draw_sample
 from unmerge.recipe.seed_search import SEEDS
 from unmerge.recipe.sources import Model, open_model
@@ -231,7 +233,7 @@ class _Recoverer:
         found = identify(sample, trial, members, types, layer_count(self.goal.tensors.keys()))
         best = self._best(trial, found, types)
         advance(1)
-        return self._proved(best, models, members, names, sample)
+        return self._proved(best, trial, members, names, sample)
 
     def _best(self, trial: Trial, found: Identified, types: Types) -> _Best:
         if found.masked is not None:
@@ -244,7 +246,7 @@ class _Recoverer:
         chosen = simplify(trial, min(equal, key=lambda tried: _unusual(tried.recipe)))
         chosen, threads = _threaded(trial, chosen, None)
         others = [tried for tried in found.tried if _kind(tried.recipe) != _kind(chosen.recipe)]
-        alike = tuple(one for one in others if chosen.share - one.share < ALIKE)
+        alike = _best_of_each(one for one in others if chosen.share - one.share < ALIKE)
         return _Best(chosen.recipe, alike, None, threads, convention=chosen.convention, share=chosen.share)
 
     def _with_seed(self, trial: Trial, masked: Masked, types: Types) -> _Best:
@@ -278,11 +280,12 @@ class _Recoverer:
     def _proved(
         self,
         best: _Best,
-        models: Mapping[ModelReference, Model],
+        trial: Trial,
         members: Members,
         names: Sequence[str],
         sample: Sample,
     ) -> Recovery:
+        models = trial.models
         attribution, decoded = self.attributed.found, None
         proof = proof_of(self._compared(best, models)) if best.share >= WORTH else None
         if best.masked is not None:
@@ -298,6 +301,7 @@ class _Recoverer:
         made = proof.looked_at > 0 and proof.share >= MADE
         proven = made and (best.masked is None or best.seed is not None)
         known_masks = made and best.masked is not None and best.seed is None
+        called = {members.base: BASE, **named}
         return Recovery(
             target=self.source.reference,
             base=self.base.source.reference,
@@ -311,9 +315,21 @@ class _Recoverer:
             proof=proof,
             decoded=decoded,
             alike=tuple(Alternative(recipe=to_yaml(one.recipe), share=one.share) for one in best.alike),
+            free=self._free(best, called) if proven or known_masks else (),
+            ranges=self._ranges(trial, best, called) if proven else (),
             unexplained=attribution.unexplained.share,
             notices=tuple(attribution.notices),
         )
+
+    def _free(self, best: _Best, called: Mapping[ModelReference, str]) -> tuple[str, ...]:
+        return freedom(best.recipe, names=called, convention=best.convention, seed=best.seed)
+
+    def _ranges(self, trial: Trial, best: _Best, called: Mapping[ModelReference, str]) -> tuple[Range, ...]:
+        advance = self.start("finding ranges of numbers", 1)
+        arithmetic = replace(trial, threads=best.threads, convention=best.convention)
+        found = ranges_of(arithmetic, best.recipe, called, None if best.seed is None else _after(best.seed))
+        advance(1)
+        return found
 
     def _compared(self, best: _Best, models: Mapping[ModelReference, Model]) -> Compared:
         hypothesis = Hypothesis(
@@ -353,6 +369,14 @@ def _likeness(attribution: Attribution, members: Members, names: Sequence[str], 
 def _kind(recipe: Recipe) -> tuple[object, ...]:
     """Return what tells recipes apart for people: another type or order of the same is not another recipe."""
     return recipe.merge_method, recipe.base_model, dict(recipe.parameters) == {}
+
+
+def _best_of_each(tried: Iterable[Tried]) -> tuple[Tried, ...]:
+    """Return the best recipe of each method, the best first."""
+    found: dict[str, Tried] = {}
+    for one in sorted(tried, key=lambda one: -one.share):
+        found.setdefault(one.recipe.merge_method, one)
+    return tuple(found.values())
 
 
 def _unusual(recipe: Recipe) -> tuple[int, bool]:

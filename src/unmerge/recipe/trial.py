@@ -200,7 +200,7 @@ def _moved_once(trial: Trial, tried: Tried, step: float, draws: Callable[[int], 
     for number in range(-1, len(tried.recipe.models)):
         for name, value in _settings(tried.recipe, number).items():
             for moved in _moved(name, value, step):
-                recipe = _with_setting(tried.recipe, number, name, moved)
+                recipe = with_setting(tried.recipe, number, name, moved)
                 looked_at = _attempt_moved(few, recipe, draws)
                 if looked_at is None or looked_at.share < on_few.share:
                     continue
@@ -254,7 +254,7 @@ def _simpler(recipe: Recipe, number: int) -> Iterator[Callable[[Recipe], Recipe]
     """Yield changes of the settings of one model, or of the whole recipe (-1), the most radical last."""
     for name, value in _settings(recipe, number).items():
         for simpler in _rounder(name, value):
-            yield partial(_with_setting, number=number, name=name, value=simpler)
+            yield partial(with_setting, number=number, name=name, value=simpler)
 
 
 def _rounder(name: str, value: Setting) -> Iterator[Setting]:
@@ -276,7 +276,8 @@ def _rounder(name: str, value: Setting) -> Iterator[Setting]:
             yield rounded if count > 1 else rounded[0]
 
 
-def _with_setting(recipe: Recipe, number: int, name: str, value: Setting) -> Recipe:
+def with_setting(recipe: Recipe, number: int, name: str, value: Setting) -> Recipe:
+    """Return a recipe with a parameter changed, of a model by its number, or of the whole recipe (-1)."""
     if number < 0:
         return replace(recipe, parameters={**recipe.parameters, name: value})
     changed = replace(recipe.models[number], parameters={**recipe.models[number].parameters, name: value})

@@ -7,7 +7,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from unmerge.recipe.proof import Recovery, summary
+from unmerge.recipe.proof import Range, Recovery, summary
 
 _VERDICTS = {
     "proven": ("Proven: this recipe makes the target.", "green"),
@@ -50,11 +50,24 @@ def _sentences(result: Recovery) -> list[Text]:
         lines.append(Text(f"Masks: mergekit-yaml --random-seed {result.seed}, torch with {threads}."))
     if result.decoded is not None:
         lines.append(_decoded(result.decoded.error, result.decoded.decoy_error))
+    if result.ranges:
+        lines.append(Text(f"The same bits: {', '.join(_interval(item) for item in result.ranges)}."))
+    lines.extend(Text(sentence) for sentence in result.free)
     if result.alike:
         lines.append(Text(f"{len(result.alike)} other recipes make nearly the same bits (see --json):"))
         lines.extend(Text(f"  {_headline(item.recipe)} ({100.0 * item.share:.3f} %)") for item in result.alike)
     lines.extend(Text(f"Note: {notice}", style="yellow") for notice in result.notices)
     return lines
+
+
+def _interval(item: Range) -> str:
+    name = item.parameter if item.model is None else f"{item.parameter} of {item.model}"
+    low, high = (None if end is None else f"{end:.10g}" for end in (item.low, item.high))
+    if low is None and high is None:
+        return f"{name} any"
+    if low is None or high is None:
+        return f"{name} up to {high}" if low is None else f"{name} from {low}"
+    return f"{name} {low} to {high}" if low != high else f"{name} {low} only"
 
 
 def _decoded(error: float, decoy_error: float) -> Text:
