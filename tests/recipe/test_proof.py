@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 
 from tests.recipe.tunes import MERGES, Tunes
 from tests.recipe.worlds import quiet_mergekit
@@ -17,8 +20,10 @@ from unmerge.errors import RecipeError
 from unmerge.recipe.comparison import compare_all, lay_out
 from unmerge.recipe.document import parse_recipe
 from unmerge.recipe.probes import Hypothesis
-from unmerge.recipe.proof import Proof, Recovery, proof_of, summary
-from unmerge.recipe.trial import CONVENTIONS, CURRENT
+from unmerge.recipe.proof import Proof, Range, Recovery, proof_of, summary
+from unmerge.recipe.recovery import best_of_each
+from unmerge.recipe.trial import CONVENTIONS, CURRENT, Tried
+from unmerge.report.recovery import print_recovery
 
 RECIPE = "merge_method: linear\nmodels:\n- model: a/b\n  parameters:\n    weight: 0.5\ndtype: bfloat16\n"
 PROOF: dict[str, Any] = {
@@ -102,6 +107,33 @@ def test_a_summary_says_what_was_compared() -> None:
     assert "12 elements at a trim threshold" in summary(some)
     nearly = Proof(**{**PROOF, "looked_at": 10**9, "wrong": 1, "share": 1.0 - 1e-9})
     assert not summary(nearly).startswith("100 %")
+
+
+def test_what_makes_the_same_is_said_in_a_line_below_the_table() -> None:
+    ranges = [("a", "weight", 0.499, 0.501), ("a", "density", 0.5, None), ("b", "density", None, 0.5)]
+    ranges += [("b", "gamma", 0.5, 0.5), (None, "lambda", None, None)]
+    found = [Range(model=model, parameter=name, value=0.5, low=low, high=high) for model, name, low, high in ranges]
+    result = recovery(ranges=found, free=("Only the ratios matter.", "And nothing else."))
+    said = [line.strip() for line in _printed(result)]
+    first = said.index(
+        "The same bits: weight of a 0.499 to 0.501, density of a from 0.5, density of b up to 0.5, gamma of b "
+        "0.5 only, lambda any."
+    )
+    assert said[first + 1 : first + 3] == ["Only the ratios matter.", "And nothing else."]
+    assert not any("The same bits" in line for line in _printed(recovery()))
+
+
+def test_of_each_method_the_best_recipe_is_alike() -> None:
+    recipe = parse_recipe(RECIPE)
+    shares = [(0.9997, "ties"), (0.9999, "ties"), (0.9998, "sce"), (0.9996, "sce")]
+    tried = [Tried(share, 1.0, replace(recipe, merge_method=method)) for share, method in shares]
+    assert [(one.share, one.recipe.merge_method) for one in best_of_each(tried)] == [(0.9999, "ties"), (0.9998, "sce")]
+
+
+def _printed(result: Recovery) -> list[str]:
+    written = StringIO()
+    print_recovery(result, Console(width=200, file=written))
+    return written.getvalue().splitlines()
 
 
 def compared(tunes: Tunes, name: str, *, seed: int | None) -> Proof:

@@ -246,7 +246,7 @@ class _Recoverer:
         chosen = simplify(trial, min(equal, key=lambda tried: _unusual(tried.recipe)))
         chosen, threads = _threaded(trial, chosen, None)
         others = [tried for tried in found.tried if _kind(tried.recipe) != _kind(chosen.recipe)]
-        alike = _best_of_each(one for one in others if chosen.share - one.share < ALIKE)
+        alike = best_of_each(one for one in others if chosen.share - one.share < ALIKE)
         return _Best(chosen.recipe, alike, None, threads, convention=chosen.convention, share=chosen.share)
 
     def _with_seed(self, trial: Trial, masked: Masked, types: Types) -> _Best:
@@ -371,7 +371,7 @@ def _kind(recipe: Recipe) -> tuple[object, ...]:
     return recipe.merge_method, recipe.base_model, dict(recipe.parameters) == {}
 
 
-def _best_of_each(tried: Iterable[Tried]) -> tuple[Tried, ...]:
+def best_of_each(tried: Iterable[Tried]) -> tuple[Tried, ...]:
     """Return the best recipe of each method, the best first."""
     found: dict[str, Tried] = {}
     for one in sorted(tried, key=lambda one: -one.share):
