@@ -35,7 +35,7 @@ def place_of(recipe: Recipe, item: Range) -> int:
 
 def every_bit(trial: Trial, recipe: Recipe, draws: Callable[[int], Draws] | None) -> bool:
     tried = trial.attempt(recipe, draws)
-    return (tried.share, tried.decided) == (1.0, 1.0)
+    return (tried.share, tried.exact) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -107,7 +107,7 @@ class _Same:
         except RecipeError:
             return False
         # Elements that a sort decides are not made: a trim that moves among equal ones changes bits.
-        return tried.share >= self.made.share and tried.decided >= self.made.decided
+        return tried.share >= self.made.share and tried.exact >= self.made.exact
 
 
 @dataclass(frozen=True, slots=True, eq=False)
