@@ -16,13 +16,18 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves ``root/org/name`` as repositories; ``gated`` ones show their file list and refuse their files."""
+    """Serves ``root/org/name`` as repositories; ``gated`` ones show their file list and refuse their files.
+
+    Ranges are answered unless `ranges` says no; `ranged` counts their bytes.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.gated: set[str] = set()
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
+        self.ranges = True
+        self.ranged = 0
 
     def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
         self.requests.append(f"{method} {path}")
@@ -72,6 +77,12 @@ def serve(hub: Hub) -> Iterator[str]:
         def _reply(self, method: str) -> None:
             hub.tokens.add(self.headers.get("Authorization"))
             status, headers, body = hub.answer(method, self.path)
+            wanted = self.headers.get("Range")
+            if status == 200 and wanted and method == "GET":
+                start, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+                headers = {**headers, "Content-Range": f"bytes {start}-{min(last, len(body) - 1)}/{len(body)}"}
+                status, body = (206 if hub.ranges else 200), body[start : last + 1] if hub.ranges else body
+                hub.ranged += len(body)
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)

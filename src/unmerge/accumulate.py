@@ -17,9 +17,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from unmerge import float32
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.errors import TargetError
-from unmerge.task_vector import BLOCK_ELEMENTS, LowRank, TaskVector, blocks
+from unmerge.task_vector import BLOCK_ELEMENTS, Delta, Difference, LowRank, TaskVector, blocks
 
 UNIT_BLOCKS = 32
 """Blocks that one unit of work holds at most."""
@@ -135,6 +136,8 @@ class Plan:
         How many units run at once.
     kept_memory : int
         Bytes of the contacts, which stay.
+    float64 : bool
+        Whether large tensors are computed in float64 too.
     """
 
     units: tuple[Unit, ...]
@@ -143,6 +146,7 @@ class Plan:
     unit_memory: int
     workers: int
     kept_memory: int = 0
+    float64: bool = False
 
     @property
     def memory(self) -> int:
@@ -162,6 +166,7 @@ def plan(
     sample: Collection[str] = (),
     contacts: Collection[str] = (),
     workers: int = 1,
+    float64: bool = False,
 ) -> Plan:
     """Cut tensors into units of work.
 
@@ -177,6 +182,8 @@ def plan(
         Tensors of which a `Contact` is kept, for the memory bound.
     workers : int
         How many units run at once, for the memory bound.
+    float64 : bool
+        Compute large tensors in float64 too, not in float32.
     """
     sampled: set[str] = set()
     units: list[Unit] = []
@@ -189,10 +196,19 @@ def plan(
             step = UNIT_BLOCKS * max(1, BLOCK_ELEMENTS // max(1, columns))
             units.extend(Unit(name, start, min(rows, start + step), columns) for start in range(0, rows, step))
     sizes = {name: rows * columns for name, (rows, columns) in sorted(shapes.items())}
-    unit_memory = max((_unit_memory(unit, vectors) for unit in units), default=0)
+    unit_memory = max((_unit_memory(unit, 0 if float64 else sizes[unit.name], vectors) for unit in units), default=0)
     met = {name: shapes[name] for name in contacts if name in shapes}
     kept = sum(_contact_memory(name, shape, vectors) for name, shape in met.items()) + _evidence_memory(met, vectors)
-    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers, kept)
+    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers, kept, float64)
+
+
+def plan_units(units: Sequence[Unit], vectors: Sequence[TaskVector], *, workers: int = 1) -> Plan:
+    """Plan to read these units, in this order; `Plan.sizes` counts what they hold. See `plan`."""
+    sizes: dict[str, int] = {}
+    for unit in units:
+        sizes[unit.name] = sizes.get(unit.name, 0) + unit.count
+    unit_memory = max((_unit_memory(unit, 0, vectors) for unit in units), default=0)
+    return Plan(tuple(units), sizes, frozenset(), unit_memory, workers, float64=True)
 
 
 def lines(name: str, shape: tuple[int, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -222,8 +238,11 @@ def _sample_runs(name: str, rows: int, columns: int) -> list[tuple[int, int]] | 
     return [(start, start + length) for start in starts]
 
 
-def _unit_memory(unit: Unit, vectors: Sequence[TaskVector]) -> int:
+def _unit_memory(unit: Unit, elements: int, vectors: Sequence[TaskVector]) -> int:
     deltas = [vector.deltas.get(unit.name) for vector in vectors]
+    present = [delta for delta in deltas if delta is not None]
+    if float32.applies(present, elements):
+        return _float32_memory(unit, present)
     rank = sum(delta.rank for delta in deltas if isinstance(delta, LowRank))
     dense = sum(delta is not None and not isinstance(delta, LowRank) for delta in deltas)
     block_rows = max(1, BLOCK_ELEMENTS // max(1, unit.columns))
@@ -231,6 +250,16 @@ def _unit_memory(unit: Unit, vectors: Sequence[TaskVector]) -> int:
     factors = 8 * rank * (2 * unit.columns + (unit.stop - unit.start))
     # Each dense block, the temporaries of one more (bits, widened, products), and the factors.
     return (dense + 3) * block + factors + 8 * rank * block_rows
+
+
+def _float32_memory(unit: Unit, deltas: Sequence[Delta]) -> int:
+    rank = sum(delta.rank for delta in deltas if isinstance(delta, LowRank))
+    dense = sum(isinstance(delta, Difference) for delta in deltas)
+    rows = min(unit.stop - unit.start, max(1, float32.BLOCK_ELEMENTS // max(1, unit.columns)))
+    # Blocks, the stacked factors, one of them as stored, a block's product with them in two types and two temporaries;
+    # the factors once more in float64 where new low-rank changes meet others.
+    factors = rank * (unit.columns + (unit.stop - unit.start))
+    return float32.memory(unit.columns, dense + 1, dense) + 3 * 8 * factors + 4 * 8 * rank * rows
 
 
 def _evidence_memory(shapes: Mapping[str, tuple[int, int]], vectors: Sequence[TaskVector]) -> int:
@@ -285,9 +314,13 @@ def accumulate(
     found: dict[str, list[Products]] = {name: [] for name in work.sizes}
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
-        parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator")
+        # One unit at a time: batches would leave a thread waiting for the last one.
+        parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator", batch_size=1)
         kept = {name: lines(name, shape) for name, shape in (contacts or {}).items()}
-        results = parallel(delayed(unit_products)(unit, new, known, kept.get(unit.name)) for unit in work.units)
+        results = parallel(
+            delayed(unit_products)(unit, new, known, kept.get(unit.name), 0 if work.float64 else work.sizes[unit.name])
+            for unit in work.units
+        )
         for unit, result in zip(work.units, results, strict=True):
             found[unit.name].append(result)
             if advance is not None:
@@ -300,10 +333,18 @@ def unit_products(
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
     kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None = None,
+    elements: int = 0,
 ) -> Products:
-    """Compute the inner products of one unit, and the last new one's contact if `kept` names lines of it."""
+    """Compute the inner products of one unit, and the last new one's contact if `kept` names lines of it.
+
+    Large tensors, of so many `elements`, are computed in float32 where their types allow it; see `float32`.
+    """
     vectors = (*new, *known)
     deltas = [vector.deltas.get(unit.name) for vector in vectors]
+    present = [delta for delta in deltas if delta is not None]
+    meets_low_rank = kept is not None and isinstance(deltas[len(new) - 1], LowRank)
+    if float32.applies(present, elements) and not meets_low_rank:
+        return _float32_products(unit, new, known, kept)
     # Low-rank operands in the order of digests: the same bits in whatever order they were given.
     low = {i: _Factors.read(delta, unit) for i, delta in enumerate(deltas) if isinstance(delta, LowRank)}
     low = dict(sorted(low.items(), key=lambda item: vectors[item[0]].digest))
@@ -326,6 +367,60 @@ def unit_products(
                 contact = part if contact is None else contact + part
     _check_finite(sums.gram, unit, new)
     return Products(sums.gram[: len(new)], sums.rounding, unit.count, contact)
+
+
+def _float32_products(
+    unit: Unit,
+    new: Sequence[TaskVector],
+    known: Sequence[TaskVector],
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None,
+) -> Products:
+    """Compute what `unit_products` does, the dense changes in float32."""
+    vectors = (*new, *known)
+    deltas = sorted(
+        ((i, delta) for i, vector in enumerate(vectors) if (delta := vector.deltas.get(unit.name)) is not None),
+        key=lambda item: vectors[item[0]].digest,
+    )
+    low = {i: delta for i, delta in deltas if isinstance(delta, LowRank)}
+    dense = {i: delta for i, delta in deltas if isinstance(delta, Difference)}
+    sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
+    if any(i < len(new) for i in low):
+        sums.add_low_rank({i: _Factors.read(delta, unit) for i, delta in low.items()})
+    contact: Contact | None = None
+    if dense and any(i < len(new) for i in (*dense, *low)):
+        stack = float32.Stack.read(low, unit.start, unit.stop, unit.columns) if low else None
+        ranks = tuple((vectors[i].digest, delta.rank) for i, delta in low.items())
+        pairs = [(i, j) for i in dense for j in dense if j <= i and sums.wanted(i, j)]
+        for block in float32.blocks(dense, unit.start, unit.stop, unit.columns, pairs):
+            sums.add_block(block)
+            for i in dense:
+                if stack is None or not any(sums.wanted(i, j) for j in low):
+                    continue
+                with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told below
+                    met = float32.meet(block, i, stack, unit.start)
+                    sums.add_met(i, met)
+                    if kept is not None and i == len(new) - 1:
+                        part = _float32_contact(met, ranks, kept)
+                        contact = part if contact is None else contact + part
+    _check_finite(sums.gram, unit, new)
+    return Products(sums.gram[: len(new)], sums.rounding, unit.count, contact)
+
+
+def _float32_contact(
+    met: float32.Meeting, ranks: tuple[tuple[str, int], ...], kept: tuple[NDArray[np.intp], NDArray[np.intp]]
+) -> Contact:
+    rows, columns = kept
+    inside = rows[(rows >= met.start) & (rows < met.start + len(met.values))]
+    taken = inside - met.start
+    return Contact(
+        ranks,
+        inside,
+        columns,
+        met.cores(),
+        met.projected[taken],
+        (met.left.T @ met.values.take(columns, axis=1)) * met.stack.scales[:, np.newaxis],
+        met.values[np.ix_(taken, columns)],
+    )
 
 
 def _contact(
@@ -411,7 +506,8 @@ class _Sums:
     gram: FloatArray
     rounding: FloatArray
 
-    def _wanted(self, i: int, j: int) -> bool:
+    def wanted(self, i: int, j: int) -> bool:
+        """Tell whether one of two task vectors is new."""
         return min(i, j) < len(self.rounding)
 
     def _add(self, i: int, j: int, value: float) -> None:
@@ -424,9 +520,23 @@ class _Sums:
         ordered = list(low.items())
         for position, (i, p) in enumerate(ordered):
             for j, q in ordered[position:]:
-                if self._wanted(i, j):
+                if self.wanted(i, j):
                     # <L_p R_p, L_q R_q> = sum of (L_p' L_q) * (R_p R_q'): two thin products, r x r work.
                     self._add(i, j, float(np.sum((p.left.T @ q.left) * (p.right @ q.right.T))))
+
+    def add_block(self, block: float32.Block) -> None:
+        """Add a block's products between dense changes."""
+        for i, energy in block.rounding.items():
+            if i < len(self.rounding):
+                self.rounding[i] += energy
+        for (i, j), product in block.products.items():
+            self._add(i, j, product)
+
+    def add_met(self, i: int, met: float32.Meeting) -> None:
+        """Add a block's products of a dense change with low-rank ones."""
+        for j, product in met.products().items():
+            if self.wanted(i, j):
+                self._add(i, j, product)
 
     def add_dense(
         self,
@@ -446,16 +556,16 @@ class _Sums:
             if i < len(self.rounding):
                 self.rounding[i] += energy
             for j, (other, _) in dense.items():
-                if j <= i and self._wanted(i, j):
+                if j <= i and self.wanted(i, j):
                     self._add(i, j, float(np.vdot(block, other)))
-            if stacked is None or not any(self._wanted(i, j) for j in lefts):
+            if stacked is None or not any(self.wanted(i, j) for j in lefts):
                 continue
             # <L_j R_j, V> = <L_j, V R_j'>: one GEMM with all right factors stacked, then thin products.
             projected = products[i] = block @ stacked.T
             column = 0
             for j, left in lefts.items():
                 end = column + left.shape[1]
-                if self._wanted(i, j):
+                if self.wanted(i, j):
                     self._add(i, j, float(np.sum(left * projected[:, column:end])))
                 column = end
         return products

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from unmerge.alignment import align
+from unmerge.anytime import Limits, limits, sample
 from unmerge.base_share import BaseShare, base_share, nearer_bases, without_base
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.checkpoint.remote import open_remote
 from unmerge.checkpoint.source import resolve, split_name
 from unmerge.decoys import make_decoys
 from unmerge.dictionary import (
@@ -26,11 +30,15 @@ from unmerge.dictionary import (
 )
 from unmerge.errors import DictionaryError, UnmergeError
 from unmerge.extraction import extract
+from unmerge.fingerprint import check_same_base, remote_digest
 from unmerge.regression import Regression, regress
 from unmerge.result import Attribution, BaseCoefficient, ModelReference
-from unmerge.solvers import SOLVERS, Solver
+from unmerge.solvers import SOLVERS, Nnls, Solver
 from unmerge.summary import model_reference, summarise
-from unmerge.task_vector import TaskVector
+from unmerge.task_vector import TaskVector, checkpoint_deltas
+
+REMOTE_MATRICES = 4
+"""Matrices of a remote model that are looked at to see whether it is of the base: eight requests each."""
 
 
 def attribute(
@@ -41,6 +49,9 @@ def attribute(
     solver: str = "nnls",
     signed: bool = False,
     exact: bool = False,
+    float64: bool = False,
+    precision: float | None = None,
+    budget: str | None = None,
     top_k: int | None = None,
     decoys: int = 0,
     other_bases: Sequence[str | Path] = (),
@@ -66,6 +77,13 @@ def attribute(
         Allow negative coefficients (task negation).
     exact : bool
         Read every tensor whole; by default large tensors that no atom changes are sampled, and said to be.
+    float64 : bool
+        Compute large tensors in float64 too; by default their one large GEMM is in float32.
+    precision : float, optional
+        Read blocks of rows at random, only until every coefficient's 95 % interval is at most this wide to either
+        side; presence is then not tested. For the ``nnls`` solver.
+    budget : str, optional
+        Read no more than this, in bytes or seconds (``"200MB"``, ``"5s"``), in the same way.
     top_k : int, optional
         Compare only the paper's top-k coordinates instead of all parameters; presence is then not tested.
     decoys : int
@@ -93,19 +111,29 @@ def attribute(
     UnmergeError
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
+    from threadpoolctl import threadpool_limits
+
     chosen = _solver(solver, signed=signed)
     if extract_to is not None and Path(extract_to).exists():
         raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
     origin = open_base(str(base), allow_pickle=allow_pickle)
     dictionary, extra = open_atoms([str(atom) for atom in atoms], origin, allow_pickle=allow_pickle)
-    goal = open_target(str(target), origin, allow_pickle=allow_pickle)
+    sampled = precision is not None or budget is not None
+    remote = open_remote_target(str(target), origin) if sampled else None
+    goal = remote or open_target(str(target), origin, allow_pickle=allow_pickle)
     if decoys:
         extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
     threads = workers or os.cpu_count() or 1
+    if sampled:
+        _refuse_with_sample(chosen, exact=exact, top_k=top_k, extract_to=extract_to)
     others = nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle)
+    if sampled:
+        every, bounds = (*dictionary.atoms, *extra), limits(precision, budget)
+        return _sampled(goal, every, origin, chosen, bounds, others, threads, start)
     result, vector, regression = explain(
-        goal, dictionary, extra, origin, chosen, exact=exact, top_k=top_k, notices=others, workers=threads, start=start
-    )
+        goal, dictionary, extra, origin, chosen, exact=exact, float64=float64, top_k=top_k, notices=others,
+        workers=threads, start=start,
+    )  # fmt: skip
     if extract_to is not None:
         _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
     return result
@@ -119,6 +147,7 @@ def explain(
     solver: Solver,
     *,
     exact: bool = False,
+    float64: bool = False,
     top_k: int | None = None,
     refined: bool = True,
     notices: Sequence[str] = (),
@@ -154,27 +183,75 @@ def explain(
             exact=exact,
             top_k=top_k,
             contacts=top_k is None,
+            float64=float64,
             workers=workers,
             start=start,
         )
 
-    vector, regression = goal.vector, solve(goal.vector)
-    share = base_share(regression, base) if regression.contacts else None
-    if share and share.matters:
-        vector, found = without_base(vector, base)
-        share, regression = replace(share, coefficient=found), solve(vector)
-    result = summarise(
-        regression,
-        solver,
-        vector,
-        goal.reference,
-        base,
-        set(goal.rows),
-        base_coefficient=_base_coefficient(share),
-        notices=notices,
-        refined=refined,
-    )
+    # Threaded sums would depend on the number of cores, and threads that wait for small products cost time.
+    with threadpool_limits(limits=1, user_api="blas"):
+        vector, regression = goal.vector, solve(goal.vector)
+        share = base_share(regression, base) if regression.contacts else None
+        if share and share.matters:
+            vector, found = without_base(vector, base)
+            share, regression = replace(share, coefficient=found), solve(vector)
+        result = summarise(
+            regression,
+            solver,
+            vector,
+            goal.reference,
+            base,
+            set(goal.rows),
+            base_coefficient=_base_coefficient(share),
+            notices=notices,
+            refined=refined,
+        )
     return result, vector, regression
+
+
+def _refuse_with_sample(solver: Solver, *, exact: bool, top_k: int | None, extract_to: str | Path | None) -> None:
+    for given, name in ((exact, "--exact"), (top_k is not None, "--top-k"), (extract_to is not None, "--extract")):
+        if given:
+            raise UnmergeError(f"{name} reads what --precision and --budget leave out; give one or the other")
+    if not isinstance(solver, Nnls):
+        raise UnmergeError(f"--precision and --budget work with the nnls solver, not with {solver.name}")
+
+
+def _sampled(
+    goal: Target,
+    atoms: Sequence[Atom],
+    base: Base,
+    solver: Solver,
+    bounds: Limits,
+    notices: Sequence[str],
+    workers: int,
+    start: Start | None,
+) -> Attribution:
+    """Answer from a sample of row blocks."""
+    found = sample(
+        goal.vector,
+        goal.rows,
+        atoms,
+        base,
+        bounds,
+        np.random.default_rng(0),
+        signed=solver.signed,
+        workers=workers,
+        start=start,
+    )
+    notices = [f"{found.size:,} bytes of weights were read; tensors that no atom changes were not", *notices]
+    if not found.precise:
+        notices.append("the budget was used up before the intervals were as narrow as wanted")
+    result = summarise(found.regression, solver, goal.vector, goal.reference, base, set(goal.rows), notices=notices)
+    by_name = {atom.name: bounds for atom, bounds in zip(found.regression.atoms, found.intervals, strict=True)}
+    components = tuple(
+        item.model_copy(update={"interval": _interval(by_name[item.name])}) for item in result.components
+    )
+    return result.model_copy(update={"components": components})
+
+
+def _interval(bounds: FloatArray) -> tuple[float, float] | None:
+    return (float(bounds[0]), float(bounds[1])) if np.isfinite(bounds).all() else None
 
 
 def _extract(
@@ -236,6 +313,32 @@ def open_target(reference: str, base: Base, *, allow_pickle: bool = False) -> Ta
     shapes = base.shapes if kind == "adapter" else {name: delta.shape for name, delta in vector.deltas.items()}
     rows = {name: shape[0] for name, shape in shapes.items()}
     return Target(vector, rows, model_reference(source, vector.digest, kind))
+
+
+def open_remote_target(reference: str, base: Base) -> Target | None:
+    """Find a merged model on the Hub and align it with the base, without downloading its weights.
+
+    Returns
+    -------
+    Target or None
+        None for what is better read as usual; see `unmerge.checkpoint.remote.open_remote`.
+
+    Raises
+    ------
+    UnmergeError
+        If it cannot be read, or is not of the base's architecture.
+    """
+    found = open_remote(reference)
+    if found is None:
+        return None
+    checkpoint, source = found
+    alignment = align(base.checkpoint, checkpoint, "target")
+    check_same_base(alignment, "target", most=REMOTE_MATRICES)
+    digest = remote_digest(checkpoint, source.commit or "")
+    notices = (*checkpoint.notices, *alignment.notices)
+    vector = TaskVector("target", digest, checkpoint_deltas(alignment), alignment.skipped, notices)
+    rows = {name: delta.shape[0] for name, delta in vector.deltas.items()}
+    return Target(vector, rows, model_reference(source, digest, "checkpoint"))
 
 
 def open_atoms(

@@ -90,6 +90,20 @@ def attribute(
             "--exact", help="Read every tensor whole; by default, large ones that no atom changes are sampled."
         ),
     ] = False,
+    float64: Annotated[
+        bool,
+        typer.Option("--float64", help="Compute large tensors in float64 throughout: equal to 1e-9, not 1e-8; slower."),
+    ] = False,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            "--precision",
+            help="Read blocks of rows at random until every interval is this narrow to either side: 0.01.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Read no more than this, in the same way: 200MB, 1.5GB or 5s.")
+    ] = None,
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", min=1, help="Compare the paper's top-k coordinates only (it used 1000000)."),
@@ -122,9 +136,9 @@ def attribute(
 
     with progress_bar(Console(stderr=True), enabled=not quiet) as start:
         result = unmerge.attribute(
-            target, atoms, base=base, solver=solver, signed=signed, exact=exact, top_k=top_k,
-            decoys=decoys, other_bases=other_base or (), extract_to=extract, extract_rank=rank,
-            allow_pickle=allow_pickle, workers=workers, start=start,
+            target, atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64,
+            precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_base or (),
+            extract_to=extract, extract_rank=rank, allow_pickle=allow_pickle, workers=workers, start=start,
         )  # fmt: skip
     if json:
         sys.stdout.write(result.to_json() + "\n")

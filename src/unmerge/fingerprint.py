@@ -37,6 +37,14 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def remote_digest(checkpoint: Checkpoint, commit: str) -> str:
+    """Return a hex SHA-256 over names, types and shapes of every tensor, and the Hub commit that pins their values."""
+    digest = hashlib.sha256(f"{checkpoint.path}@{commit}\0".encode())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
+    return digest.hexdigest()
+
+
 def adapter_digest(adapter: Adapter) -> str:
     """Return a hex SHA-256 over every stored value of an adapter and the options that give them meaning."""
     digest = hashlib.sha256()
@@ -67,16 +75,20 @@ def sampled_rows(tensor: Tensor) -> list[tuple[int, int]]:
     return [(int(start), int(start) + length) for start in starts]
 
 
-def weight_cosine(alignment: Alignment) -> float:
+def weight_cosine(alignment: Alignment, most: int | None = None) -> float:
     """Return the cosine between the sampled matrices of a model and its base; 1.0 if there are none.
 
     Vectors (norms) are left out: they are close to one in every model.
+
+    Parameters
+    ----------
+    most : int, optional
+        Look at this many matrices only, spread over the model.
     """
     dot = ours = theirs = 0.0
-    for pair in alignment.pairs.values():
-        rows, columns = matrix_shape(pair.base.shape)
-        if rows == 1 or columns == 1:
-            continue
+    pairs = [pair for pair in alignment.pairs.values() if min(matrix_shape(pair.base.shape)) > 1]
+    places = range(len(pairs)) if most is None else np.unique(np.linspace(0, len(pairs) - 1, most).astype(int))
+    for pair in (pairs[place] for place in places if pairs):
         for start, stop in sampled_rows(pair.base):
             x, y = _both(pair.base, pair.other, start, min(stop, pair.rows))
             dot, ours, theirs = dot + float(x @ y), ours + float(x @ x), theirs + float(y @ y)
@@ -91,18 +103,23 @@ def _both(first: Tensor, second: Tensor, start: int, stop: int) -> tuple[FloatAr
     return x[finite], y[finite]
 
 
-def check_same_base(alignment: Alignment, label: str) -> None:
+def check_same_base(alignment: Alignment, label: str, most: int | None = None) -> None:
     """Refuse a model whose weights are unrelated to the base's.
 
     Fine-tunes and merges stay within a few percent of their base; independently trained models of one
     architecture have a cosine near zero.
+
+    Parameters
+    ----------
+    most : int, optional
+        See `weight_cosine`.
 
     Raises
     ------
     AlignmentError
         If the sampled cosine is below 0.5.
     """
-    cosine = weight_cosine(alignment)
+    cosine = weight_cosine(alignment, most)
     if cosine < _LOWEST_COSINE:
         message = (
             f"{label}: wrong base: the weights have a cosine of {cosine:.3f} with the base's (a fine-tune or a "

@@ -97,6 +97,7 @@ def regress(
     exact: bool = False,
     top_k: int | None = None,
     contacts: bool = False,
+    float64: bool = False,
     workers: int = 1,
     start: Start | None = None,
 ) -> Regression:
@@ -118,6 +119,8 @@ def regress(
         Use the paper's coordinates, this many, instead of all parameters.
     contacts : bool
         Keep what evidence of presence needs; not with `top_k`.
+    float64 : bool
+        Compute large tensors in float64 too, not in float32.
 
     Raises
     ------
@@ -134,14 +137,14 @@ def regress(
     shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
     shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
     low_rank = tuple(_low_rank(atom) for atom in atoms) if contacts else ()
-    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers)
+    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers, float64)
     grams, energies, met, work = pass_.run(shapes, touched, base, exact=exact, start=start)
     tensors = tuple(
         _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
         for name in sorted(grams)
     )
     result = Regression(atoms, tensors, "all parameters", work.unit_memory, met, low_rank, rows)
-    _check(result, target)
+    check(result, target)
     return result
 
 
@@ -155,6 +158,7 @@ class _Pass:
     atoms: Sequence[Atom]
     directions: Sequence[TaskVector]
     workers: int
+    float64: bool
 
     def run(
         self,
@@ -182,12 +186,14 @@ class _Pass:
             sample=sample,
             contacts=wanted,
             workers=self.workers,
+            float64=self.float64,
         )
         redo = plan(
             {name: shapes[name] for name in cut},
             (*new, *known, *leading),
             contacts=wanted,
             workers=self.workers,
+            float64=self.float64,
         )
         both = Plan(
             work.units + redo.units,
@@ -196,6 +202,7 @@ class _Pass:
             max(work.unit_memory, redo.unit_memory),
             self.workers,
             work.kept_memory + redo.kept_memory,
+            self.float64,
         )
         advance = start(both) if start else None
         everything = [*known, *new]
@@ -296,11 +303,18 @@ def _compressed(
     )
     words = f"top {selection.count:,} by max |d_i|, digest {selection.digest[:16]}"
     result = Regression(tuple(atoms), tensors, words, 0, {}, (), rows)
-    _check(result, target)
+    check(result, target)
     return result
 
 
-def _check(result: Regression, target: TaskVector) -> None:
+def check(result: Regression, target: TaskVector) -> None:
+    """Refuse a regression that says nothing.
+
+    Raises
+    ------
+    TargetError, DictionaryError
+        If the target equals the base, or an atom changes nothing, in all that was compared.
+    """
     statistics = result.total
     if statistics.energy == 0.0:
         read = sum(tensor.read for tensor in result.tensors)

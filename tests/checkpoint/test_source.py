@@ -138,3 +138,56 @@ def test_a_shard_that_leaves_the_folder_is_not_fetched(hub: Any) -> None:
     found = attribute(hub, "org/merge")
     assert found.returncode == 2
     assert "leaves the folder" in found.stderr
+
+
+def sampled(hub: Any, target: str, base: str = "base", **environment: str) -> subprocess.CompletedProcess[str]:
+    atoms = [str(hub[0].root / "org" / name) for name in ("math", "code")]
+    path = str(hub[0].root / "org" / base)
+    return run(hub, "attribute", target, *atoms, "--base", path, "--precision", "0.01", "--json", **environment)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_sample_of_a_hub_model_fetches_ranges_and_not_the_model(hub: Any, shards: int) -> None:
+    rng = np.random.default_rng(0)
+    model = tiny_model(rng, vocabulary=40_000)
+    write_checkpoint(hub[0].root / "org" / "wide", model)
+    change = write_adapter(hub[0].root / "org" / "math", rng, model)
+    merged = {name: value + 0.4 * change.get(name, 0.0) for name, value in model.items()}
+    folder = write_checkpoint(hub[0].root / "org" / "large", merged, shards=shards)
+    found = sampled(hub, "org/large", "wide", HF_TOKEN="hf_secret")  # noqa: S106 - a made-up one
+    assert found.returncode == 0, found.stderr
+    result = Attribution.model_validate_json(found.stdout)
+    assert result.target.commit == COMMIT
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert 0 < hub[0].ranged < stored // 2
+    assert not list((hub[2] / "home").rglob("*.safetensors"))
+    assert hub[0].tokens == {"Bearer hf_secret"}
+    local = Attribution.model_validate_json(sampled(hub, str(folder), "wide").stdout)
+    assert result.components == local.components
+    assert result.unexplained == local.unexplained
+
+
+def test_a_hub_without_ranges_is_told(hub: Any) -> None:
+    hub[0].ranges = False
+    found = sampled(hub, "org/merge")
+    assert found.returncode == 2
+    assert found.stderr.startswith(
+        "error: org/merge/model.safetensors: the Hub did not answer with the range asked for"
+    )
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("target", "message"), [("org/none", "no such repository"), ("org/merge@nope", "no revision")])
+def test_a_sample_of_what_cannot_be_had_is_one_line(hub: Any, target: str, message: str) -> None:
+    found = sampled(hub, target)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert found.stderr.startswith(f"error: {target}: ")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_damaged_header_on_the_hub_is_told(hub: Any) -> None:
+    (hub[0].root / "org" / "merge" / "model.safetensors").write_bytes(b"\xff" * 64)
+    found = sampled(hub, "org/merge")
+    assert found.returncode == 2
+    assert "org/merge/model.safetensors: not a safetensors file: its header claims" in found.stderr

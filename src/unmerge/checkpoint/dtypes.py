@@ -50,6 +50,21 @@ class DType:
         with np.errstate(invalid="ignore"):  # a signalling NaN stays NaN; who reads it says where it is
             return self._widen(raw).astype(np.float64)
 
+    @property
+    def fits_float32(self) -> bool:
+        """Whether every value of this type is a float32."""
+        return self.itemsize <= 4
+
+    def widen_into(self, raw: RawArray, out: NDArray[np.float32]) -> None:
+        """Write the exact values of stored bits of a type that `fits_float32` into an array of the same shape."""
+        if self.name == "BF16":
+            bits = out.view(np.uint32)
+            np.copyto(bits, raw)
+            np.left_shift(bits, 16, out=bits)
+        else:
+            with np.errstate(invalid="ignore"):  # as in `widen`
+                np.copyto(out, raw.view(np.float16) if self.name == "F16" else raw)
+
     def rounding_energy(self, raw: RawArray) -> float:
         """Return the expected energy of rounding to this grid: the sum of ``ulp^2 / 12`` over the values.
 
@@ -57,7 +72,10 @@ class DType:
         fails (and overstates) where a change is far smaller than an ulp.
         """
         power_of_two = self._power_of_two(raw).ravel()
-        squares = float(np.dot(power_of_two, power_of_two))
+        return self.rounding_of_grid(float(np.dot(power_of_two, power_of_two)))
+
+    def rounding_of_grid(self, squares: float) -> float:
+        """Return `rounding_energy` from the sum of the squares of the powers of two below the values."""
         return squares * 2.0 ** (-2 * self.mantissa_bits) / 12.0
 
     def _power_of_two(self, raw: RawArray) -> NDArray[Any]:

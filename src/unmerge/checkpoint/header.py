@@ -46,7 +46,22 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], list[UnreadTensor]]:
     CheckpointError
         If the file is missing, cut short, or not a safetensors file.
     """
-    header, data_start, size = _load(path)
+    text, size = _load(path)
+    return locate(parse(text, path), 8 + len(text), size, path)
+
+
+def locate(
+    header: dict[str, Any], data_start: int, size: int, path: Path
+) -> tuple[dict[str, FileTensor], list[UnreadTensor]]:
+    """Return the tensors of a parsed header, and those of types that are not read; see `read_header`.
+
+    Parameters
+    ----------
+    data_start, size : int
+        Bytes before the weights, and of the whole file.
+    path : Path
+        The file, for messages.
+    """
     tensors: dict[str, FileTensor] = {}
     unread: list[UnreadTensor] = []
     for name, entry in header.items():
@@ -66,7 +81,8 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], list[UnreadTensor]]:
     return tensors, unread
 
 
-def _load(path: Path) -> tuple[dict[str, Any], int, int]:
+def _load(path: Path) -> tuple[bytes, int]:
+    """Return the text of a file's header, and the file's size."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -80,13 +96,24 @@ def _load(path: Path) -> tuple[dict[str, Any], int, int]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return text, size
+
+
+def parse(text: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object of a header.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none.
+    """
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file: its header is not a JSON object")
-    return header, 8 + length, size
+    return header
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         checkpoint = _open_pickles(path, [path], {}, allow_pickle=allow_pickle)
     else:
         raise CheckpointError(f"{path}: not a model: expected a folder or a .safetensors file")
-    _refuse_quantised(checkpoint)
+    refuse_quantised(checkpoint)
     return checkpoint
 
 
@@ -235,7 +235,14 @@ def _open_pickles(path: Path, files: list[Path], config: dict[str, Any], *, allo
     return Checkpoint(path, _sorted(tensors), config)
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse weights that were packed into integers.
+
+    Raises
+    ------
+    CheckpointError
+        If the configuration or the tensors say so.
+    """
     quantisation = checkpoint.config.get("quantization_config")
     packed = [item for item in checkpoint.unread if item.name.endswith((".qweight", ".weight", ".absmax"))]
     if isinstance(quantisation, dict) or packed:

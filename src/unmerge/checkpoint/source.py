@@ -7,6 +7,8 @@ work as everywhere. Only configuration and safetensors files are downloaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,27 +72,54 @@ def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
         If nothing is there: the message says whether the path is missing, or the repository is unknown,
         gated, or not cached while offline.
     """
-    path = Path(reference).expanduser()
-    if path.exists():
-        return Source(reference, path)
+    found = hub_id(reference)
+    if found is None:
+        return Source(reference, Path(reference).expanduser())
+    folder, commit = _download(reference, *found, allow_pickle=allow_pickle)
+    return Source(reference, folder, commit)
+
+
+def hub_id(reference: str) -> tuple[str, str | None] | None:
+    """Return the repository and the revision that a reference names on the Hub; None for a path that exists.
+
+    Raises
+    ------
+    SourceError
+        If it is neither.
+    """
+    if Path(reference).expanduser().exists():
+        return None
     match = _HUB.match(reference)
     if not match or reference.startswith(("./", "../", "/", "~")):
         message = f"{reference}: no such file or folder, and not a Hub id (org/name or org/name@revision)"
         raise SourceError(message)
-    folder, commit = _download(reference, match["repo"], match["revision"], allow_pickle=allow_pickle)
-    return Source(reference, folder, commit)
+    return match["repo"], match["revision"]
 
 
 def _download(reference: str, repo: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str]:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it was built on
 
-    try:
+    with hub_errors(reference, revision):
         if constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
             return folder, folder.name
         return _download_online(repo, revision, allow_pickle=allow_pickle)
+
+
+@contextmanager
+def hub_errors(reference: str, revision: str | None) -> Iterator[None]:
+    """Turn what goes wrong with the Hub into one line.
+
+    Raises
+    ------
+    SourceError
+        In place of the client's errors.
+    """
+    from huggingface_hub import errors as hub
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it was built on
+
+    try:
+        yield
     except hub.GatedRepoError as error:
         message = (
             f"{reference}: a gated repository: ask for access on its page, then log in with `hf auth login` "

@@ -59,6 +59,22 @@ def values(tensor: Tensor, start: int = 0, stop: int | None = None) -> FloatArra
     return tensor.dtype.widen(tensor.read(start, rows))
 
 
+def read_rows(tensor: Tensor, start: int, stop: int, out: RawArray) -> RawArray:
+    """Return the stored bits of rows as `Tensor.read` does, in `out` where they come from a file.
+
+    Parameters
+    ----------
+    out : array, shape (at least (stop - start) * columns,)
+        Contiguous, of the tensor's stored type.
+    """
+    if not isinstance(tensor, FileTensor):
+        return tensor.read(start, stop)
+    columns = matrix_shape(tensor.shape)[1]
+    rows = out[: (stop - start) * columns].reshape(stop - start, columns)
+    tensor.read_into(start, rows)
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class FileTensor:
     """A tensor at a known place of a file.
@@ -83,18 +99,28 @@ class FileTensor:
         CheckpointError
             If the file cannot be read, or has become shorter since its header was read.
         """
+        raw = np.empty((stop - start, matrix_shape(self.shape)[1]), self.dtype.raw)
+        self.read_into(start, raw)
+        return raw
+
+    def read_into(self, start: int, out: RawArray) -> None:
+        """Read as many rows from `start` on as a contiguous array of this tensor's stored type and columns has.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read, or has become shorter since its header was read.
+        """
         columns = matrix_shape(self.shape)[1]
-        raw = bytearray((stop - start) * columns * self.dtype.itemsize)
         # Opened anew each time: no descriptors to keep or to share between threads; 20 us against
         # milliseconds for a block.
         try:
             with self.origin.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * columns * self.dtype.itemsize)
-                _fill(file, memoryview(raw))
+                _fill(file, out.reshape(-1).view(np.uint8).data)
         except OSError as error:
             message = f"{self.origin}: cannot read tensor {self.name!r}: {error.strerror or error}"
             raise CheckpointError(message) from error
-        return np.frombuffer(raw, dtype=self.dtype.raw).reshape(stop - start, columns)
 
 
 def _fill(file: FileIO, view: memoryview) -> None:

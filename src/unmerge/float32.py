@@ -1,0 +1,273 @@
+"""Large tensors in float32: blocks of rows are read ahead of the work, subtracted in one pass, and multiplied.
+
+BF16, F16 and F32 values are float32 values, and of the differences of two BF16 values only those are rounded whose
+terms are 2^16 apart. In float32 is also the product with the stacked right factors, the one large GEMM: its rounding
+is unbiased, and averages out over a tensor's rows. All sums after it are taken in float64. So inner products come out
+equal to those in float64 within 1e-8 of the norms that bound them. Small tensors stay in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmerge.checkpoint.dtypes import FloatArray, RawArray
+from unmerge.checkpoint.tensor import Tensor, matrix_shape, read_rows
+from unmerge.fused import subtract_bf16
+from unmerge.task_vector import Delta, Difference, LowRank
+
+FloatArray32 = NDArray[np.float32]
+
+LEAST_ELEMENTS = 1 << 20
+"""Tensors of fewer elements are computed in float64."""
+BLOCK_ELEMENTS = 1 << 21
+"""Elements of one block of rows (8 MiB): enough rows that a GEMM spends its time on products, not on packing."""
+CHUNK = 1 << 15
+"""Elements that other types than BF16 are widened and subtracted by: a few such arrays fit a core's cache."""
+SLOTS = 2
+"""Blocks of stored bits that are held: one being worked on, one being read."""
+
+
+def applies(deltas: Collection[Delta], elements: int) -> bool:
+    """Tell whether these changes of a tensor of so many elements are computed here."""
+    return elements >= LEAST_ELEMENTS and all(_is_float32(delta) for delta in deltas)
+
+
+def _is_float32(delta: Delta) -> bool:
+    if isinstance(delta, LowRank):
+        return delta.left_factor.dtype.fits_float32 and delta.right_factor.dtype.fits_float32
+    return isinstance(delta, Difference) and delta.tuned.dtype.fits_float32 and delta.base.dtype.fits_float32
+
+
+def memory(columns: int, tensors: int, changes: int) -> int:
+    """Return the bytes that `blocks` holds of that many stored tensors and changes, at most."""
+    elements = max(columns, BLOCK_ELEMENTS)
+    return elements * (SLOTS * 4 * tensors + 4 * changes) + 2 * 4 * CHUNK
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Rows of dense changes, and their products with one another.
+
+    Attributes
+    ----------
+    start : int
+        Its first row.
+    values : dict of int to array of float32, shape (rows, columns)
+        The changes; written over when the next block is asked for.
+    products : dict of (int, int) to float
+        Inner products of two changes, the first not before the second.
+    rounding : dict of int to float
+        Energy that storage rounding of the tuned tensors accounts for.
+    """
+
+    start: int
+    values: Mapping[int, FloatArray32]
+    products: Mapping[tuple[int, int], float]
+    rounding: Mapping[int, float]
+
+
+def blocks(
+    changes: Mapping[int, Difference], start: int, stop: int, columns: int, pairs: Sequence[tuple[int, int]]
+) -> Iterator[Block]:
+    """Yield the changes in rows `start` to `stop`, a block at a time; the next one is read meanwhile.
+
+    Parameters
+    ----------
+    changes : mapping of int to Difference
+        By any numbers. Rows that one does not have are zero.
+    pairs : sequence of (int, int)
+        The changes whose inner products are wanted; the first is not before the second.
+    """
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    ranges = [(first, min(stop, first + step)) for first in range(start, stop, step)]
+    values = {i: np.empty((min(step, stop - start), columns), np.float32) for i in changes}
+    scratch = np.empty((2, CHUNK), np.float32)
+    for (first, last), stored in _read_ahead(changes, ranges, columns):
+        rows = {i: array[: last - first] for i, array in values.items()}
+        yield _subtract(changes, first, stored, rows, pairs, scratch)
+
+
+def _read_ahead(
+    changes: Mapping[int, Difference], ranges: Sequence[tuple[int, int]], columns: int
+) -> Iterator[tuple[tuple[int, int], dict[int, RawArray]]]:
+    """Yield ranges of rows with the stored bits in them of each tensor, by its id; reads one range ahead."""
+    tensors = {id(tensor): tensor for delta in changes.values() for tensor in (delta.tuned, delta.base)}
+    most = max(stop - start for start, stop in ranges) * columns
+    slots = [{key: np.empty(most, tensor.dtype.raw) for key, tensor in tensors.items()} for _ in range(SLOTS)]
+
+    def read(number: int) -> dict[int, RawArray]:
+        buffers = slots[number % SLOTS]
+        return {key: _read(tensor, *ranges[number], buffers[key]) for key, tensor in tensors.items()}
+
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(read, 0)
+        for number, rows in enumerate(ranges):
+            stored = pending.result()
+            if number + 1 < len(ranges):
+                pending = reader.submit(read, number + 1)
+            yield rows, stored
+
+
+def _read(tensor: Tensor, start: int, stop: int, out: RawArray) -> RawArray:
+    last = max(start, min(stop, matrix_shape(tensor.shape)[0]))
+    return read_rows(tensor, start, last, out).reshape(-1)
+
+
+def _subtract(
+    changes: Mapping[int, Difference],
+    start: int,
+    stored: Mapping[int, RawArray],
+    values: Mapping[int, FloatArray32],
+    pairs: Sequence[tuple[int, int]],
+    scratch: FloatArray32,
+) -> Block:
+    products = dict.fromkeys(pairs, 0.0)
+    rounding = {}
+    flat = {i: array.reshape(-1) for i, array in values.items()}
+    for i, delta in changes.items():
+        tuned, base = stored[id(delta.tuned)], stored[id(delta.base)]
+        size = min(len(tuned), len(base))  # rows that only one of them has count as unchanged
+        flat[i][size:] = 0.0
+        energy, rounding[i] = _difference(delta, tuned[:size], base[:size], flat[i][:size], scratch)
+        if (i, i) in products:
+            products[i, i] = energy
+    for i, j in pairs:
+        if i != j:
+            products[i, j] = _product(flat[i], flat[j])
+    return Block(start, values, products, rounding)
+
+
+def _difference(
+    delta: Difference, tuned: RawArray, base: RawArray, out: FloatArray32, scratch: FloatArray32
+) -> tuple[float, float]:
+    """Write the difference of stored bits; return its energy and that of rounding."""
+    kinds = delta.tuned.dtype, delta.base.dtype
+    if all(kind.name == "BF16" for kind in kinds):
+        energy, grid = subtract_bf16(np.ascontiguousarray(tuned), np.ascontiguousarray(base), out)
+        return energy, kinds[0].rounding_of_grid(grid)
+    rounding = 0.0
+    for low in range(0, len(out), CHUNK):
+        rows = slice(low, low + CHUNK)
+        wide, other = scratch[:, : len(out[rows])]
+        kinds[0].widen_into(tuned[rows], wide)
+        kinds[1].widen_into(base[rows], other)
+        with np.errstate(invalid="ignore"):  # Inf minus Inf; who reads the products says where it is
+            np.subtract(wide, other, out=out[rows])
+        rounding += kinds[0].rounding_energy(tuned[rows])
+    return _product(out, out), rounding
+
+
+def _product(x: FloatArray32, y: FloatArray32) -> float:
+    """Return an inner product, summed in float64."""
+    total = 0.0
+    for low in range(0, len(x), CHUNK):
+        first = x[low : low + CHUNK].astype(np.float64)
+        total += float(np.dot(first, first if x is y else y[low : low + CHUNK].astype(np.float64)))
+    return total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The factors of low-rank changes in some rows of a tensor, stacked along their ranks; r the sum of ranks.
+
+    Attributes
+    ----------
+    scales : array, shape (r,)
+        What each rank counts; it is not multiplied into the factors.
+    places : dict of int to slice
+        Where each change is.
+    left : array of float32, shape (rows, r)
+    right : array of float32, shape (r, columns)
+    """
+
+    scales: FloatArray
+    places: Mapping[int, slice]
+    left: FloatArray32
+    right: FloatArray32
+
+    @classmethod
+    def read(cls, changes: Mapping[int, LowRank], start: int, stop: int, columns: int) -> Stack:
+        """Read the factors in the given order; rows that a change does not have are zero."""
+        ends = np.cumsum([0, *(delta.rank for delta in changes.values())])
+        places = {i: slice(int(ends[k]), int(ends[k + 1])) for k, i in enumerate(changes)}
+        scales = np.zeros(ends[-1])
+        left = np.zeros((stop - start, ends[-1]), np.float32)
+        right = np.empty((ends[-1], columns), np.float32)
+        for i, delta in changes.items():
+            scales[places[i]] = delta.scale
+            last = max(start, min(stop, delta.shape[0]))
+            own = left[: last - start, places[i]]
+            if delta.transposed:
+                _widen_transposed(delta.left_factor, start, last, own)
+                _widen_transposed(delta.right_factor, 0, delta.rank, right[places[i]])
+            else:
+                _widen(delta.left_factor, start, last, own)
+                _widen(delta.right_factor, 0, delta.rank, right[places[i]])
+        return cls(scales, places, left, right)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """How rows V of a dense change meet the low-rank changes of a stack.
+
+    Attributes
+    ----------
+    start : int
+        The first row.
+    stack : Stack
+    left : array of float32, shape (rows, r)
+        Its left factors in these rows.
+    values : array of float32, shape (rows, columns)
+        V.
+    projected : array of float32, shape (rows, r)
+        V R'.
+    """
+
+    start: int
+    stack: Stack
+    left: FloatArray32
+    values: FloatArray32
+    projected: FloatArray32
+
+    def products(self) -> dict[int, float]:
+        """Return the inner product of V with each change: <L_j R_j, V> = <L_j, V R_j'>."""
+        along = np.einsum("ij,ij->j", self.projected, self.left, dtype=np.float64) * self.stack.scales
+        return {j: float(along[place].sum()) for j, place in self.stack.places.items()}
+
+    def cores(self) -> FloatArray:
+        """Return L_j' V R_j' of each change, one below the other, padded with zeros to the largest rank."""
+        places = self.stack.places.values()
+        cores = np.zeros((len(self.stack.scales), max(place.stop - place.start for place in places)))
+        for place in places:
+            cores[place, : place.stop - place.start] = self.left[:, place].T @ self.projected[:, place]
+        cores *= self.stack.scales[:, np.newaxis]
+        return cores
+
+
+def meet(block: Block, change: int, stack: Stack, first: int) -> Meeting:
+    """Project a block of one change on the right factors of a stack whose first row is `first`: the one large GEMM."""
+    values = block.values[change]
+    left = stack.left[block.start - first : block.start - first + len(values)]
+    return Meeting(block.start, stack, left, values, values @ stack.right.T)
+
+
+def _widen(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:
+    if tensor.dtype.raw == out.dtype and out.flags.c_contiguous:
+        found = read_rows(tensor, start, stop, out.reshape(-1))
+        if not np.shares_memory(found, out):
+            np.copyto(out, found)
+    else:
+        tensor.dtype.widen_into(tensor.read(start, stop), out)
+
+
+def _widen_transposed(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:
+    """Write columns `start` to `stop` of a stored tensor as rows."""
+    raw = tensor.read(0, matrix_shape(tensor.shape)[0])
+    wide = np.empty(raw.shape, np.float32)
+    tensor.dtype.widen_into(raw, wide)
+    np.copyto(out, wide[:, start:stop].T)
