@@ -111,8 +111,6 @@ def attribute(
     UnmergeError
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
-    from threadpoolctl import threadpool_limits
-
     chosen = _solver(solver, signed=signed)
     if extract_to is not None and Path(extract_to).exists():
         raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
@@ -172,6 +170,7 @@ def explain(
     Regression
         Of it.
     """
+    from threadpoolctl import threadpool_limits
 
     def solve(vector: TaskVector) -> Regression:
         return regress(
