@@ -248,8 +248,10 @@ def masked_candidates(parts: Parts, masking: Masking, members: Members) -> Itera
         # Slopes are known less exactly than other numbers, and most recipes have one for all.
         alike = [{**own, "epsilon": simplest(float(np.mean(epsilons)), SAME)} for own in more]
         yield from _weighed(method, parts, members, alike, normalize=masking.normalize)
-    sums = [float(one.weights.sum()) for one in parts.parameters.values()]
-    if not (masking.normalize or masking.consensus) and np.abs(np.array(sums) - 1.0).max() < SUMS_TO_ONE:
+    if not masking.normalize:
+        # Weights are read more exactly than to two digits: a third is not 0.33.
+        yield from _weighed(method, parts, members, more, normalize=False, share=FINER)
+    if not (masking.normalize or masking.consensus) and _sum_to_one(parts):
         # Without an election, dividing by the weights makes other weights of them, and nothing else.
         yield from _weighed(method, parts, members, more, normalize=True)
 
@@ -307,17 +309,19 @@ def reordered(recipe: Recipe) -> Iterator[Recipe]:
         yield replace(recipe, models=models)
 
 
+FINER = 0.1
+"""Share of the usual tolerance within which weights are written too: the first decimals may not be what was merged."""
 DIVIDES = {"ties": True, "della": True}
 """Whether a method divides by the weights unless it is told otherwise; the others do not."""
 
 
 def _weighed(
-    method: str, parts: Parts, members: Members, more: Sequence[Settings], *, normalize: bool
+    method: str, parts: Parts, members: Members, more: Sequence[Settings], *, normalize: bool, share: float = 1.0
 ) -> Iterator[Recipe]:
     """Yield recipes with weights: as they are, or in ratios and with a lambda where the merge is normalized."""
     told: dict[str, Setting] = {} if DIVIDES.get(method, False) == normalize else {"normalize": normalize}
     if not normalize:
-        weighed = zip(_weighed_inputs(parts, members), more, strict=True)
+        weighed = zip(_weighed_inputs(parts, members, share), more, strict=True)
         inputs = tuple(replace(item, parameters={**item.parameters, **own}) for item, own in weighed)
         yield Recipe(method, members.base, inputs, parameters=told)
         return

@@ -49,15 +49,24 @@ def ratio_decimals(ratios: FloatArray, tolerance: float, limit: int = 12) -> lis
     """
     largest = float(np.abs(ratios).max())
     found: list[tuple[int, int, FloatArray]] = []
-    sums_to_one = _snapped(ratios / float(np.abs(ratios).sum()), tolerance)
+    sums_to_one = _summing_to_one(ratios, tolerance)
     references = [*REFERENCES, *(number / 100.0 for number in range(5, 100))]
     for order, reference in enumerate(references):
         snapped = _snapped(ratios * (reference / largest), tolerance)
         found.append((_cost(snapped), order, snapped))
-    # Weights that sum to 1 are the commonest of all.
-    found.append((_cost(sums_to_one) - 1, -1, sums_to_one))
+    # Weights that sum to 1 are the commonest of all, and 1 / k has as many digits as it has.
+    cost = len(ratios) if np.ptp(sums_to_one) == 0.0 else _cost(sums_to_one)
+    found.append((min(cost, _cost(sums_to_one)) - 1, -1, sums_to_one))
     found.sort(key=lambda item: item[:2])
     return list(itertools.islice(_distinct(item[2] for item in found), limit))
+
+
+def _summing_to_one(ratios: FloatArray, tolerance: float) -> FloatArray:
+    """Return decimals that sum to 1; equal ones as people compute them, 1 / k: a third is no short decimal."""
+    shares = ratios / float(np.abs(ratios).sum())
+    if np.abs(shares * len(shares) - 1.0).max() <= tolerance:
+        return np.full(len(shares), round(1.0 / len(shares), DIGITS))
+    return _snapped(shares, tolerance)
 
 
 def _snapped(values: FloatArray, tolerance: float) -> FloatArray:
