@@ -21,8 +21,9 @@ STEP = 2.0**-9
 """The first step outward, as a share of the number: half a cell of bfloat16."""
 GROWTH, LONGEST = 4.0, 2.0
 """What steps that change nothing are multiplied by, and the share of the number at which no end is looked for."""
-SHRINKAGE, SHORTEST = 8.0, 2.0**-24
-"""What steps that change a bit are divided by, and the share of the number that a range reaches at least."""
+SHRINKAGE, SHORTEST = 8.0, 2.0**-27
+"""What steps that change a bit are divided by, and the share of the number below which no end is looked for: within the
+cell of float32."""
 HALVINGS = 6
 """How often the interval between a step that changes nothing and one that does is halved."""
 CORRECTION, CORRECTIONS, REFINEMENTS = 4.0, 5, 2
