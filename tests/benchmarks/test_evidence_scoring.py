@@ -169,7 +169,7 @@ def test_parts_report_nothing_measured_and_the_page_holds_what_was(tmp_path: Pat
     row = Row("1.0%-known-000", "known", "linear", {"b": 0.6}, ROWS[0].answers, numbers)
     write_page({"coverage": [row]}, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert "| 1.0%, known | 1 | 2 | 0 | 0.500 ± 0.354 | 0.06500 |" in text
+    assert "| 1.0%, known | 1 | 2 | 0 | 0.500 ± 0.354 | 0.065 |" in text
     assert "Hard mixes" not in text
 
 
