@@ -6,14 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unmerge.alignment import align
-from unmerge.anytime import Limits, limits, sample
 from unmerge.base_share import BaseShare, base_share, nearer_bases, without_base
 from unmerge.checkpoint.dtypes import FloatArray
-from unmerge.checkpoint.remote import open_remote
 from unmerge.checkpoint.source import resolve, split_name
 from unmerge.decoys import make_decoys
 from unmerge.dictionary import (
@@ -39,6 +38,10 @@ from unmerge.task_vector import TaskVector, checkpoint_deltas
 
 REMOTE_MATRICES = 4
 """Matrices of a remote model that are looked at to see whether it is of the base: eight requests each."""
+
+
+if TYPE_CHECKING:
+    from unmerge.anytime import Limits  # with what few answers need, at their first use: start-up is for all
 
 
 def attribute(
@@ -126,6 +129,8 @@ def attribute(
         _refuse_with_sample(chosen, exact=exact, top_k=top_k, extract_to=extract_to)
     others = nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle)
     if sampled:
+        from unmerge.anytime import limits
+
         every, bounds = (*dictionary.atoms, *extra), limits(precision, budget)
         return _sampled(goal, every, origin, chosen, bounds, others, threads, start)
     result, vector, regression = explain(
@@ -227,6 +232,8 @@ def _sampled(
     start: Start | None,
 ) -> Attribution:
     """Answer from a sample of row blocks."""
+    from unmerge.anytime import sample
+
     found = sample(
         goal.vector,
         goal.rows,
@@ -327,6 +334,8 @@ def open_remote_target(reference: str, base: Base) -> Target | None:
     UnmergeError
         If it cannot be read, or is not of the base's architecture.
     """
+    from unmerge.checkpoint.remote import open_remote
+
     found = open_remote(reference)
     if found is None:
         return None

@@ -9,7 +9,6 @@ equal to those in float64 within 1e-8 of the norms that bound them. Small tensor
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +95,8 @@ def _read_ahead(
     changes: Mapping[int, Difference], ranges: Sequence[tuple[int, int]], columns: int
 ) -> Iterator[tuple[tuple[int, int], dict[int, RawArray]]]:
     """Yield ranges of rows with the stored bits in them of each tensor, by its id; reads one range ahead."""
+    from concurrent.futures import ThreadPoolExecutor
+
     tensors = {id(tensor): tensor for delta in changes.values() for tensor in (delta.tuned, delta.base)}
     most = max(stop - start for start, stop in ranges) * columns
     slots = [{key: np.empty(most, tensor.dtype.raw) for key, tensor in tensors.items()} for _ in range(SLOTS)]
