@@ -7,7 +7,7 @@ import torch
 from tests.merging.in_torch import HALVES_AND_SINGLE, TYPES
 from unmerge.errors import RecipeError
 from unmerge.merging.arithmetic import Arithmetic
-from unmerge.merging.draws import TorchDraws, bernoulli
+from unmerge.merging.draws import KeptDraws, TorchDraws, bernoulli
 
 SEEDS = [0, 1, 42, 2**32 - 1, 2**32, 2**40 + 5, -1]
 SIZES = [1, 3, 8, 15, 16, 17, 1000]
@@ -56,3 +56,10 @@ def test_masks_of_many_probabilities_are_torch_s(name: str) -> None:
 def test_refuses_what_is_no_probability(probability: float) -> None:
     with pytest.raises(RecipeError, match="not between 0 and 1"):
         bernoulli(TorchDraws(0), probability, (3,), Arithmetic("F32"))
+
+
+def test_kept_draws_are_the_stream_as_often_as_it_is_asked_for() -> None:
+    whole, kept = TorchDraws(7).take(100), KeptDraws(TorchDraws(7))
+    for parts in ([10, 5], [100], [1, 60, 39]):
+        again = kept.again()
+        assert (np.concatenate([again.take(count) for count in parts]) == whole[: sum(parts)]).all()

@@ -41,6 +41,44 @@ class TorchDraws:
             self.take(min(_BLOCK, count - start))
 
 
+class KeptDraws:
+    """A stream whose numbers are drawn once and handed out as often as they are asked for.
+
+    Parameters
+    ----------
+    source : Draws
+        At the place where the stream begins.
+    """
+
+    __slots__ = ("_drawn", "_source")
+
+    def __init__(self, source: Draws) -> None:
+        self._source = source
+        self._drawn: Array = np.empty(0, np.uint32)
+
+    def part(self, start: int, stop: int) -> Array:
+        """Return draws `start` to `stop`."""
+        if stop > len(self._drawn):
+            self._drawn = np.concatenate([self._drawn, self._source.take(stop - len(self._drawn))])
+        return self._drawn[start:stop]
+
+    def again(self) -> Draws:
+        """Return the stream from its beginning."""
+        return _Again(self)
+
+
+class _Again:
+    __slots__ = ("_kept", "_taken")
+
+    def __init__(self, kept: KeptDraws) -> None:
+        self._kept, self._taken = kept, 0
+
+    def take(self, count: int) -> Array:
+        """Return the next `count` draws."""
+        first, self._taken = self._taken, self._taken + count
+        return self._kept.part(first, self._taken)
+
+
 def bernoulli(draws: Draws, probabilities: Array | float, shape: tuple[int, ...], arithmetic: Arithmetic) -> Array:
     """Return ``torch.bernoulli`` of a tensor of probabilities: one draw for each element, in row-major order.
 

@@ -25,6 +25,8 @@ SUMS_TO_ONE = 0.02
 """How near to 1 the sum of weights is where a method divides by it."""
 CLOSELY = 0.25
 """The share of the usual tolerance within which a gradient follows what was found, where a shorter one does not do."""
+FINER = 0.1
+"""The same for weights that are merged with random masks: the first decimals may not be what was merged."""
 CORRECTED, SMALLEST = 0.2, 1e-3
 """By what share a density may be corrected to the one that a recipe names, and the smallest that is."""
 SAME = 0.02
@@ -309,8 +311,6 @@ def reordered(recipe: Recipe) -> Iterator[Recipe]:
         yield replace(recipe, models=models)
 
 
-FINER = 0.1
-"""Share of the usual tolerance within which weights are written too: the first decimals may not be what was merged."""
 DIVIDES = {"ties": True, "della": True}
 """Whether a method divides by the weights unless it is told otherwise; the others do not."""
 

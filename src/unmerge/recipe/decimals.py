@@ -54,9 +54,10 @@ def ratio_decimals(ratios: FloatArray, tolerance: float, limit: int = 12) -> lis
     for order, reference in enumerate(references):
         snapped = _snapped(ratios * (reference / largest), tolerance)
         found.append((_cost(snapped), order, snapped))
-    # Weights that sum to 1 are the commonest of all, and 1 / k has as many digits as it has.
-    cost = len(ratios) if np.ptp(sums_to_one) == 0.0 else _cost(sums_to_one)
-    found.append((min(cost, _cost(sums_to_one)) - 1, -1, sums_to_one))
+    # Weights that sum to 1 are the commonest of all, and 1 / k is as simple as a decimal of one digit.
+    equal = np.ptp(sums_to_one) == 0.0
+    cost = min(_cost(sums_to_one), len(ratios)) if equal else _cost(sums_to_one)
+    found.append((cost - 1, -1, sums_to_one))
     found.sort(key=lambda item: item[:2])
     return list(itertools.islice(_distinct(item[2] for item in found), limit))
 

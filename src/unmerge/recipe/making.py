@@ -6,6 +6,7 @@ computes in that type, and casts the result to ``out_dtype`` when it saves it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,13 @@ class Inputs:
         base = None if tensor.base is None else self.arrays[tensor.base.model]
         models = tuple(self.arrays[item.model] for item in tensor.models)
         return Group(tensor.name, base, models, tensor.of_models, tensor.shared, draws)
+
+
+def draws_of(tensor: PlannedTensor, models: Mapping[ModelReference, Model]) -> int:
+    """Return how many random numbers a tensor takes: one for each element of each model, of which not all are kept."""
+    densities = zip(tensor.models, tensor.of_models["density"], strict=True)
+    masked = [item for item, density in densities if not float(density or 0.0) >= 1.0]
+    return sum(math.prod(models[item.model].tensors[item.stored].shape) for item in masked)
 
 
 def load_inputs(

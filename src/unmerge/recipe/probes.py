@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +10,10 @@ import numpy as np
 from unmerge.checkpoint.tensor import Tensor
 from unmerge.errors import RecipeError
 from unmerge.merging.arithmetic import Arithmetic, Array
-from unmerge.merging.draws import TorchDraws
-from unmerge.merging.method import MergeMethod
+from unmerge.merging.draws import KeptDraws, TorchDraws
+from unmerge.merging.method import Draws, MergeMethod
 from unmerge.recipe.document import ModelReference, Recipe
-from unmerge.recipe.making import Inputs, load_inputs, make
-from unmerge.recipe.outcomes import as_number
+from unmerge.recipe.making import Inputs, draws_of, load_inputs, make
 from unmerge.recipe.plan import PlannedTensor, plan
 from unmerge.recipe.replay import TensorMatch, active, common_rows, compare, same
 from unmerge.recipe.sources import Model, load
@@ -51,38 +49,6 @@ class Hypothesis:
     def open_masks(self) -> bool:
         """Whether it draws masks, and which is not known: it then speaks of a distribution, not of bits."""
         return self.method.draws and self.seed is None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Stretch:
-    """Draws from one place of a merge's stream on; what was drawn once is kept."""
-
-    seed: int
-    start: int
-    kept: dict[tuple[int, int], Array]
-
-    def take(self, count: int) -> Array:
-        """Return the first `count` draws of the stretch, all that its tensor takes."""
-        found = self.kept.get((self.seed, self.start))
-        if found is None or len(found) < count:
-            stream = TorchDraws(self.seed)
-            stream.skip(self.start)
-            found = self.kept[self.seed, self.start] = stream.take(count)
-        return found[:count]
-
-
-@dataclass(slots=True, eq=False)
-class _Draws:
-    """The draws of one tensor, model after model."""
-
-    stretch: _Stretch
-    whole: int
-    taken: int = 0
-
-    def take(self, count: int) -> Array:
-        """Return the next draws."""
-        first, self.taken = self.taken, self.taken + count
-        return self.stretch.take(max(self.whole, self.taken))[first : self.taken]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +90,7 @@ class Probes:
 
     stored: Mapping[str, Tensor]
     _kept: dict[tuple[int, str, int | None], Array] = field(default_factory=dict)
-    _drawn: dict[tuple[int, int], Array] = field(default_factory=dict)
+    _drawn: dict[tuple[int, int], KeptDraws] = field(default_factory=dict)
 
     def first(self, count: int) -> Probes:
         """Return the first of them, with what was read and drawn."""
@@ -146,17 +112,24 @@ class Probes:
         dtype, rows = hypothesis.recipe.dtype, common_rows(stored)
         return stored, load_inputs(tensor, hypothesis.models, dtype, rows, hypothesis.threads, self._read)
 
-    def _with_draws(self, hypothesis: Hypothesis) -> Iterator[tuple[PlannedTensor, _Draws | None]]:
+    def _with_draws(self, hypothesis: Hypothesis) -> Iterator[tuple[PlannedTensor, Draws | None]]:
         """Yield the probes' tensors, and the draws that each gets where masks are random."""
         if not hypothesis.method.draws or hypothesis.seed is None:
             yield from ((tensor, None) for tensor in _plan(hypothesis, self.stored.keys()))
             return
         before = 0
         for tensor in _plan(hypothesis, None):
-            count = _drawn_for(tensor, hypothesis)
             if tensor.name in self.stored:
-                yield tensor, _Draws(_Stretch(hypothesis.seed, before, self._drawn), count)
-            before += count
+                yield tensor, self._draws(hypothesis.seed, before)
+            before += draws_of(tensor, hypothesis.models)
+
+    def _draws(self, seed: int, before: int) -> Draws:
+        """Return the stream after some draws."""
+        if (seed, before) not in self._drawn:
+            stream = TorchDraws(seed)
+            stream.skip(before)
+            self._drawn[seed, before] = KeptDraws(stream)
+        return self._drawn[seed, before].again()
 
     def made(self, hypothesis: Hypothesis) -> Iterator[Made]:
         """Yield the probes as a hypothesis makes them whose masks are not open.
@@ -210,13 +183,6 @@ class Probes:
 def _plan(hypothesis: Hypothesis, only: Collection[str] | None) -> tuple[PlannedTensor, ...]:
     names = {model: found.tensors.keys() for model, found in hypothesis.models.items()}
     return plan(hypothesis.recipe, hypothesis.method, names, only).tensors
-
-
-def _drawn_for(tensor: PlannedTensor, hypothesis: Hypothesis) -> int:
-    """Return how many draws a tensor takes: one for each element of each model, of which not all are kept."""
-    densities = zip(tensor.models, tensor.of_models["density"], strict=True)
-    masked = [item for item, density in densities if not as_number(density) >= 1.0]
-    return sum(math.prod(hypothesis.models[item.model].tensors[item.stored].shape) for item in masked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from unmerge.errors import RecipeError
-from unmerge.merging.arithmetic import Array
+from unmerge.merging.draws import KeptDraws
 from unmerge.merging.method import Draws
 from unmerge.recipe.document import ModelReference, Recipe
 from unmerge.recipe.proof import Range
@@ -58,7 +59,7 @@ def ranges_of(
         Of weights, densities and the like that are single numbers: gradients and filters have none. Both ends make as
         many values of every tensor of the trial as the recipe does. Few numbers are tried in between.
     """
-    kept = None if draws is None else _Kept(draws)
+    kept = None if draws is None else _kept(draws)
     smallest = sorted(trial.names, key=lambda name: _size(trial, name))[:FEW]
     few, whole = (_Same.of(one, recipe, kept) for one in (trial.of(smallest), trial))
     return tuple(
@@ -93,11 +94,11 @@ class _Same:
 
     trial: Trial
     recipe: Recipe
-    draws: _Kept | None
+    draws: Callable[[int], Draws] | None
     made: Tried
 
     @classmethod
-    def of(cls, trial: Trial, recipe: Recipe, draws: _Kept | None) -> _Same:
+    def of(cls, trial: Trial, recipe: Recipe, draws: Callable[[int], Draws] | None) -> _Same:
         return cls(trial, recipe, draws, trial.attempt(recipe, draws))
 
     def holds(self, place: int, name: str, value: float) -> bool:
@@ -179,36 +180,7 @@ def _short(step: float) -> float:
     return math.floor(step / unit) * unit
 
 
-class _Kept:
-    """Random numbers that are drawn once and handed out for every attempt: many are passed over before a tensor's.
-
-    Parameters
-    ----------
-    draws : callable
-        As `Trial.attempt` takes it.
-    """
-
-    def __init__(self, draws: Callable[[int], Draws]) -> None:
-        self._draws = draws
-        self._streams: dict[int, tuple[Draws, list[Array]]] = {}
-
-    def __call__(self, drawn: int) -> Draws:
-        if drawn not in self._streams:
-            self._streams[drawn] = self._draws(drawn), []
-        return _Again(*self._streams[drawn])
-
-
-class _Again:
-    """A stream from its beginning; its parts must be asked for in the sizes in which they were drawn."""
-
-    __slots__ = ("_source", "_taken", "_used")
-
-    def __init__(self, source: Draws, taken: list[Array]) -> None:
-        self._source, self._taken, self._used = source, taken, 0
-
-    def take(self, count: int) -> Array:
-        """Return the next `count` draws."""
-        if self._used == len(self._taken):
-            self._taken.append(self._source.take(count))
-        self._used += 1
-        return self._taken[self._used - 1]
+def _kept(draws: Callable[[int], Draws]) -> Callable[[int], Draws]:
+    """Return the same streams, drawn once: many numbers are passed over before a tensor's."""
+    begun = cache(lambda drawn: KeptDraws(draws(drawn)))
+    return lambda drawn: begun(drawn).again()

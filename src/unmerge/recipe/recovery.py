@@ -21,7 +21,6 @@ from unmerge.checkpoint.source import Source, resolve
 from unmerge.checkpoint.tensor import ArrayTensor, Tensor, matrix_shape, values
 from unmerge.dictionary import Atom, Base, Dictionary, open_base
 from unmerge.errors import AlignmentError, RecipeError
-from unmerge.merging.arithmetic import Arithmetic
 from unmerge.merging.draws import TorchDraws
 from unmerge.merging.method import Draws
 from unmerge.recipe.candidates import Members, with_lambdas
@@ -31,15 +30,15 @@ from unmerge.recipe.document import ModelInput, ModelReference, Recipe, to_yaml,
 from unmerge.recipe.experts import has_experts
 from unmerge.recipe.freedom import freedom
 from unmerge.recipe.identify import Identified, Masked, Types, decoy_error, identify
+from unmerge.recipe.judging import judge
 from unmerge.recipe.mask_seed import HUMAN, find_seed
-from unmerge.recipe.probes import Hypothesis
+from unmerge.recipe.probes import Hypothesis, Probes
 from unmerge.recipe.proof import Alternative, Decoded, Member, Range, Recovery, proof_of
 from unmerge.recipe.ranges import ranges_of
 from unmerge.recipe.sample import ReadRows, Sample, draw_sample
 from unmerge.recipe.seed_search import SEEDS
-from unmerge.recipe.sources import Model, load, open_model
+from unmerge.recipe.sources import Model, open_model
 from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, Trial, Tried, is_as_good, polish, simplify
-from unmerge.recipe.unseeded import explain as explain_by_masks
 from unmerge.result import Attribution
 from unmerge.solvers import SOLVERS
 from unmerge.summary import summarise
@@ -278,7 +277,12 @@ class _Recoverer:
             return _Best(simplify(threaded, tried, draws).recipe, (), found.seed, threads, masked)
         dtype, out = types[0]
         recipes = [replace(recipe, dtype=dtype, out_dtype=out) for recipe in masked.recipes]
-        return _Best(max(recipes, key=lambda recipe: explained_share(trial, recipe)), masked=masked)
+        probes = Probes({name: trial.target[name] for name in trial.names})
+        made_by = CONVENTIONS[trial.convention]
+        return _Best(
+            max(recipes, key=lambda one: judge(probes, Hypothesis(one, trial.models, made_by[one.merge_method])).share),
+            masked=masked,
+        )
 
     def _proved(
         self,
@@ -372,18 +376,6 @@ def _likeness(attribution: Attribution, members: Members, names: Sequence[str], 
 def _kind(recipe: Recipe) -> tuple[object, ...]:
     """Return what tells recipes apart for people: another type or order of the same is not another recipe."""
     return recipe.merge_method, recipe.base_model, dict(recipe.parameters) == {}
-
-
-def explained_share(trial: Trial, recipe: Recipe) -> float:
-    """Return the share of values that some random masks make of a recipe."""
-    found = []
-    for planned, _ in trial.planned(recipe):
-        stored = trial.target[planned.name]
-        values = load(stored, Arithmetic(stored.dtype.name)).reshape(-1)
-        inputs = trial.inputs(planned, recipe)
-        found.append(explain_by_masks(recipe.merge_method, inputs, recipe.out_dtype, stored, values))
-    looked_at = [one for one in found if one is not None]
-    return 1.0 - sum(one.wrong for one in looked_at) / max(1, sum(one.contested + one.beyond for one in looked_at))
 
 
 def best_of_each(tried: Iterable[Tried]) -> tuple[Tried, ...]:

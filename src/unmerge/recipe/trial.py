@@ -15,7 +15,7 @@ from unmerge.merging.arithmetic import Arithmetic, Array
 from unmerge.merging.method import Draws, MergeMethod
 from unmerge.merging.registry import MERGEKIT, MERGEKIT_TO_0_1_4
 from unmerge.recipe.document import Conditional, ModelReference, Recipe, Setting, Settings, storage_type
-from unmerge.recipe.making import Inputs, make, promoted
+from unmerge.recipe.making import Inputs, draws_of, make, promoted
 from unmerge.recipe.plan import InputTensor, PlannedTensor, plan
 from unmerge.recipe.replay import compare
 from unmerge.recipe.sources import Model, load
@@ -127,12 +127,7 @@ class Trial:
         for planned in plan(recipe, method, names, None if method.draws else wanted).tensors:
             if planned.name in wanted:
                 yield planned, drawn
-            drawn += self._draws(planned) if method.draws else 0
-
-    def _draws(self, planned: PlannedTensor) -> int:
-        first = planned.models[0]
-        size = int(np.prod(self.models[first.model].tensors[first.stored].shape))
-        return size * sum(float(density or 0.0) < 1.0 for density in planned.of_models["density"])
+            drawn += draws_of(planned, self.models) if method.draws else 0
 
     def inputs(self, planned: PlannedTensor, recipe: Recipe) -> Inputs:
         """Return what a tensor is made of."""
@@ -172,14 +167,10 @@ class Trial:
         return [*sorted(whole, key=lambda tried: -tried.rank), *behind]
 
 
-def spare(tried: Tried) -> float:
-    """Return the share of values that a recipe may make less and still count as equal: none of one that makes all."""
-    return 0.0 if tried.share == 1.0 else NOTHING
-
-
 def is_as_good(one: Tried, leading: Tried) -> bool:
-    """Tell whether a recipe makes as much as another."""
-    return leading.share - one.share <= spare(leading) and leading.exact - one.exact <= NOTHING
+    """Tell whether a recipe makes as much as another: all values, if that one makes all."""
+    spare = 0.0 if leading.share == 1.0 else NOTHING
+    return leading.share - one.share <= spare and leading.exact - one.exact <= NOTHING
 
 
 def polish(trial: Trial, tried: Tried, draws: Callable[[int], Draws] | None = None) -> Tried:
