@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from unmerge.testing import quantise, tiny_model, write_adapter, write_checkpoint
 
@@ -24,7 +25,9 @@ def demo() -> Path:
     """The demo's folder: a really trained base, adapters, and mergekit's merges; made once, then used again."""
     folder = ROOT / ".cache" / "demo"
     command = [sys.executable, ROOT / "examples" / "demo.py", "--output", folder]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # tests run in several processes
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     return folder
 
