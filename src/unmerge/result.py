@@ -13,7 +13,8 @@ SCHEMA: Literal["unmerge/attribution/1"] = "unmerge/attribution/1"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Validators are built when they are first needed, not at start-up.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class ModelReference(_Model):
