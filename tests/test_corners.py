@@ -13,9 +13,10 @@ from unmerge import accumulate
 from unmerge.attribution import open_target
 from unmerge.base_share import without_base
 from unmerge.checkpoint.dtypes import DTYPES, RawArray
-from unmerge.checkpoint.tensor import ArrayTensor
+from unmerge.checkpoint.reader import open_checkpoint
+from unmerge.checkpoint.tensor import ArrayTensor, lines
 from unmerge.compress import materialise
-from unmerge.corners import blocks, corners, read_corner
+from unmerge.corners import blocks, corners
 from unmerge.dictionary import Dictionary, open_atom, open_base
 from unmerge.regression import Regression, regress
 from unmerge.task_vector import TaskVector
@@ -58,12 +59,21 @@ class Counted(ArrayTensor):
 
 
 @pytest.mark.parametrize("rows", [[0], [39], [3, 4, 5, 9, 20, 21, 39], list(range(40))])
+def test_lines_of_a_file_are_those_of_the_dense_matrix(tmp_path: Path, rows: list[int]) -> None:
+    dense = quantise(np.random.default_rng(0).standard_normal((40, 30)), "BF16")
+    write_checkpoint(tmp_path / "model", {"first": dense[:3], "w": dense})
+    tensor = open_checkpoint(tmp_path / "model").tensors["w"]
+    columns = np.array([1, 7, 8, 29])
+    np.testing.assert_array_equal(lines(tensor, np.array(rows), columns), dense[rows][:, columns])
+
+
+@pytest.mark.parametrize("rows", [[0], [39], [3, 4, 5, 9, 20, 21, 39], list(range(40))])
 def test_only_the_rows_of_a_corner_are_read(rows: list[int]) -> None:
     dense = quantise(np.random.default_rng(0).standard_normal((40, 30)), "F32")
     tensor = Counted("w", DTYPES["F32"], dense.shape, Path("w"), dense.astype("<f4"))
     object.__setattr__(tensor, "asked", [])
     columns = np.array([1, 7, 8, 29])
-    np.testing.assert_array_equal(read_corner(tensor, np.array(rows), columns), dense[rows][:, columns])
+    np.testing.assert_array_equal(lines(tensor, np.array(rows), columns), dense[rows][:, columns])
     assert [row for start, stop in tensor.asked for row in range(start, stop)] == rows
     assert all(two[0] > one[1] for one, two in zip(tensor.asked, tensor.asked[1:], strict=False))
 

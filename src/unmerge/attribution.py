@@ -209,6 +209,7 @@ def explain(
             base_coefficient=_base_coefficient(share),
             notices=notices,
             refined=refined,
+            workers=workers,
         )
     return result, vector, regression
 
@@ -248,7 +249,9 @@ def _sampled(
     notices = [f"{found.size:,} bytes of weights were read; tensors that no atom changes were not", *notices]
     if not found.precise:
         notices.append("the budget was used up before the intervals were as narrow as wanted")
-    result = summarise(found.regression, solver, goal.vector, goal.reference, base, set(goal.rows), notices=notices)
+    result = summarise(
+        found.regression, solver, goal.vector, goal.reference, base, set(goal.rows), notices=notices, workers=workers
+    )
     by_name = {atom.name: bounds for atom, bounds in zip(found.regression.atoms, found.intervals, strict=True)}
     components = tuple(
         item.model_copy(update={"interval": _interval(by_name[item.name])}) for item in result.components

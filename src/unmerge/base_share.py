@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from unmerge.checkpoint.tensor import Tensor, matrix_shape, values
-from unmerge.corners import read_corner
+from unmerge.checkpoint.tensor import Tensor, lines, matrix_shape, values
 from unmerge.dictionary import Base, open_base
 from unmerge.errors import AlignmentError
 from unmerge.regression import Regression
@@ -58,7 +57,7 @@ def base_share(regression: Regression, base: Base) -> BaseShare:
     """Estimate the base's coefficient in the target's change, from corners."""
     products = energy = change = 0.0
     for name, contact in regression.contacts.items():
-        weights = read_corner(base.checkpoint.tensors[name], contact.rows, contact.columns)
+        weights = lines(base.checkpoint.tensors[name], contact.rows, contact.columns)
         own = contact.corner.astype(np.float64)
         # Each corner counts for its whole tensor.
         scale = regression.rows[name] * matrix_shape(base.checkpoint.tensors[name].shape)[1] / own.size

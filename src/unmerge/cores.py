@@ -94,7 +94,12 @@ def remainders(
 
 
 def cores(
-    regression: Regression, coefficients: FloatArray, relatives: Mapping[int, Sequence[int]], floor: Mapping[str, float]
+    regression: Regression,
+    coefficients: FloatArray,
+    relatives: Mapping[int, Sequence[int]],
+    floor: Mapping[str, float],
+    *,
+    workers: int = 1,
 ) -> dict[int, list[Core]]:
     """Return what is seen of each atom that has relatives or a coefficient, tensor by tensor.
 
@@ -109,16 +114,23 @@ def cores(
         whatever their coefficients.
     floor : mapping of str to float
         Mean square of the noise of each tensor that storage rounding alone makes, in squared weight units.
+    workers : int
+        Tensors that are worked on at once; the result does not depend on it.
     """
-    found: dict[int, list[Core]] = {atom: [] for atom in sorted({*np.flatnonzero(coefficients).tolist(), *relatives})}
-    for remainder in remainders(regression, coefficients, among=relatives):
+    from joblib import Parallel, delayed
+
+    def look(name: str) -> list[tuple[int, Core]]:
+        remainder = next(remainders(regression, coefficients, names=(name,), among=relatives))
         if not remainder.atoms:
-            continue
+            return []
         stack = _Stack.of(remainder, regression)
-        for atom in remainder.atoms:
-            core = stack.core(atom, relatives.get(atom, ()), floor)
-            if core is not None:
-                found[atom].append(core)
+        seen = ((atom, stack.core(atom, relatives.get(atom, ()), floor)) for atom in remainder.atoms)
+        return [(atom, core) for atom, core in seen if core is not None]
+
+    found: dict[int, list[Core]] = {atom: [] for atom in sorted({*np.flatnonzero(coefficients).tolist(), *relatives})}
+    for tensor in Parallel(n_jobs=workers, prefer="threads")(delayed(look)(name) for name in regression.contacts):
+        for atom, core in tensor:
+            found[atom].append(core)
     return found
 
 
@@ -174,7 +186,7 @@ class _Stack:
     def core(self, atom: int, relatives: Sequence[int], floor: Mapping[str, float]) -> Core | None:
         """Return what is seen of an atom; None where it has too few directions or lines to see anything."""
         contact, own = self.remainder.contact, self.places[atom]
-        left, right = self.left[:, own], self.right[own]
+        left, right = self.remainder.left[atom], self.remainder.right[atom]
         found = _directions(left.T @ left, right @ right.T)
         if found is None:
             return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unmerge.accumulate import CORNERS, Contact
 from unmerge.checkpoint.dtypes import DType, FloatArray
-from unmerge.checkpoint.tensor import Tensor, matrix_shape, values
+from unmerge.checkpoint.tensor import lines, matrix_shape
 from unmerge.dictionary import Base
 from unmerge.evidence.lattice import Block
 from unmerge.evidence.rounding import Corner
@@ -17,7 +17,9 @@ from unmerge.regression import Regression
 from unmerge.task_vector import Delta, Difference, LowRank, Residual, TaskVector
 
 
-def corners(regression: Regression, target: TaskVector, base: Base, atoms: Sequence[int]) -> dict[str, Corner]:
+def corners(
+    regression: Regression, target: TaskVector, base: Base, atoms: Sequence[int], *, workers: int = 1
+) -> dict[str, Corner]:
     """Return corners of tensors that the target was met in, with the changes of some atoms.
 
     Parameters
@@ -28,15 +30,22 @@ def corners(regression: Regression, target: TaskVector, base: Base, atoms: Seque
         What the contacts are of, for its storage type.
     atoms : sequence of int
         Places of the P atoms in the regression.
+    workers : int
+        Tensors that are worked on at once; the result does not depend on it.
 
     Returns
     -------
     dict
         At most `CORNERS`, spread over the model; each stands for its neighbours too.
     """
+    from joblib import Parallel, delayed
+
     chosen = _spread(regression)
     standing_for = len(regression.contacts) / max(1, len(chosen))
-    return {name: _corner(regression, target, base, atoms, name, standing_for) for name in chosen}
+    found = Parallel(n_jobs=workers, prefer="threads")(
+        delayed(_corner)(regression, target, base, atoms, name, standing_for) for name in chosen
+    )
+    return dict(zip(chosen, found, strict=True))
 
 
 def blocks(regression: Regression, target: TaskVector, base: Base, atoms: Sequence[int]) -> list[Block]:
@@ -68,11 +77,11 @@ def _spread(regression: Regression) -> list[str]:
 
 def _block(regression: Regression, base: Base, atoms: Sequence[int], name: str, stored: DType) -> Block:
     contact, tensor = regression.contacts[name], base.checkpoint.tensors[name]
-    weights = read_corner(tensor, contact.rows, contact.columns)
+    weights = lines(tensor, contact.rows, contact.columns)
     changes = []
     for atom in atoms:
         delta = regression.atoms[atom].vector.deltas.get(name)
-        change = _lines(delta, contact.rows, contact.columns)
+        change = _change(delta, contact.rows, contact.columns)
         changes.append(tensor.dtype.nearest(weights + change) - weights if isinstance(delta, LowRank) else change)
     low, high = stored.cell(weights + contact.corner)
     spacing = tensor.dtype.spacing(weights)
@@ -86,9 +95,9 @@ def _corner(
     deltas = [regression.atoms[atom].vector.deltas.get(name) for atom in atoms]
     stored, kept = tensor.dtype, _storage(target, name)
     halves = _halves(contact)
-    lines = [(contact.rows[rows], contact.columns[columns]) for rows, columns in halves]
-    weights = np.concatenate([read_corner(tensor, rows, columns) for rows, columns in lines])
-    changes = [np.concatenate([_lines(delta, rows, columns) for rows, columns in lines]) for delta in deltas]
+    places = [(contact.rows[rows], contact.columns[columns]) for rows, columns in halves]
+    weights = np.concatenate([lines(tensor, rows, columns) for rows, columns in places])
+    changes = [np.concatenate([_change(delta, rows, columns) for rows, columns in places]) for delta in deltas]
     return Corner(
         target=np.concatenate([contact.corner[rows, columns].astype(np.float64) for rows, columns in halves]),
         base=weights,
@@ -110,14 +119,15 @@ def _halves(contact: Contact) -> list[tuple[slice, slice]]:
     return [first, second] if min(contact.corner.shape) > 1 else [first]
 
 
-def _lines(delta: Delta | None, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> FloatArray:
+def _change(delta: Delta | None, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> FloatArray:
     """Return a change in some rows and columns."""
     if delta is None:
         return np.zeros((len(rows), len(columns)))
     if isinstance(delta, LowRank):
-        left = np.concatenate([delta.left(start, stop) for start, stop in _runs(rows)])
-        return np.asarray(left @ (delta.right()[:, columns] * delta.scale))
-    return np.concatenate([delta.block(start, stop)[0][:, columns] for start, stop in _runs(rows)])
+        return np.asarray(delta.left(0, int(rows[-1]) + 1)[rows] @ (delta.right()[:, columns] * delta.scale))
+    if isinstance(delta, Difference) and rows[-1] < delta.shape[0]:
+        return lines(delta.tuned, rows, columns) - lines(delta.base, rows, columns)
+    return np.concatenate([delta.block(row, row + 1)[0][:, columns] for row in rows.tolist()])
 
 
 def _exact(weights: FloatArray) -> FloatArray:
@@ -130,16 +140,3 @@ def _storage(target: TaskVector, name: str) -> DType | None:
     if isinstance(delta, Residual):
         delta = delta.target if delta.target is not None else delta
     return delta.tuned.dtype if isinstance(delta, Difference) else None
-
-
-def read_corner(tensor: Tensor, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> FloatArray:
-    """Return some rows and columns of a stored tensor as float64, reading only the rows."""
-    parts = [values(tensor, start, stop)[:, columns] for start, stop in _runs(rows)]
-    return np.concatenate(parts)
-
-
-def _runs(rows: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
-    """Split ascending row numbers into runs of neighbours."""
-    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
-    for run in np.split(rows, breaks):
-        yield int(run[0]), int(run[-1]) + 1

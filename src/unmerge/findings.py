@@ -155,6 +155,7 @@ def examine(
     base: Base,
     *,
     refined: bool = True,
+    workers: int = 1,
 ) -> Findings:
     """Test every atom, estimate the weights of those that are present, and look at what they leave.
 
@@ -171,11 +172,13 @@ def examine(
     refined : bool
         Whether weights are estimated again with what rounding did to them, and what they leave is looked at; without
         it weights and intervals are the test's own.
+    workers : int
+        Threads; the result does not depend on it.
     """
     if solution.status in (Status.NOT_CONVERGED, Status.NOT_FINITE) or not regression.contacts:
         return _untested(regression, solution, _jackknife(regression, solver))
     groups = alike_groups(regression.total.gram)
-    tests = presence_tests(regression, solution, groups, signed=solver.signed)
+    tests = presence_tests(regression, solution, groups, signed=solver.signed, workers=workers)
     findings = [_tested(solution, solver, tests, atom, groups) for atom in range(len(regression.atoms))]
     findings = [_in_its_group(findings, tests, solution, atom) for atom in range(len(findings))]
     kept = [
@@ -185,7 +188,7 @@ def examine(
     ]
     if not refined:
         return Findings(tuple(findings), _rest(regression, solution, kept))
-    seen = corners(regression, target, base, kept)
+    seen = corners(regression, target, base, kept, workers=workers)
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
     estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
     if estimate.rough and len(certain) == len(kept):
@@ -254,7 +257,7 @@ class AtomTest:
 
 
 def presence_tests(
-    regression: Regression, solution: Solution, groups: Sequence[Sequence[int]], *, signed: bool
+    regression: Regression, solution: Solution, groups: Sequence[Sequence[int]], *, signed: bool, workers: int = 1
 ) -> dict[int, AtomTest]:
     """Test every atom.
 
@@ -266,13 +269,15 @@ def presence_tests(
         Of it.
     groups : sequence of sequence of int
         Atoms that are versions of one fine-tune.
+    workers : int
+        Threads; the result does not depend on it.
     """
     # A solver may give 0 to what is present but small, and to the right one of two versions.
     relatives = _relatives(regression.total.gram)
     floor = _noise_floor(regression)
     alike = {atom: set(group) - {atom} for group in groups for atom in group}
     tests = {}
-    for atom, found in cores(regression, solution.coefficients, relatives, floor).items():
+    for atom, found in cores(regression, solution.coefficients, relatives, floor, workers=workers).items():
         own = presence(found, signed=signed)
         others = [other for other in relatives[atom] if other in alike.get(atom, ())]
         grouped = [_joined(core, relatives[atom], others, solution.coefficients) for core in found] if others else None

@@ -61,6 +61,7 @@ def summarise(
     base_coefficient: BaseCoefficient | None = None,
     notices: Sequence[str] = (),
     refined: bool = True,
+    workers: int = 1,
 ) -> Attribution:
     """Solve a regression and put everything that is known about it in one result.
 
@@ -76,12 +77,12 @@ def summarise(
         What is known of the base's share.
     notices : sequence of str
         Further things to tell the user.
-    refined : bool
+    refined, workers
         As in `unmerge.findings.examine`.
     """
     statistics = regression.total
     solution = solver.solve(statistics)
-    found = examine(regression, solution, solver, target, base, refined=refined)
+    found = examine(regression, solution, solver, target, base, refined=refined, workers=workers)
     names = [atom.name for atom in regression.atoms]
     real = [place for place, atom in enumerate(regression.atoms) if not is_decoy(atom)]
     components = _components(regression, statistics, solution, found, real)
