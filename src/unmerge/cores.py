@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unmerge import float32
 from unmerge.accumulate import Contact
 from unmerge.alignment import LAYER
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.evidence.presence import Core
 from unmerge.regression import Regression
 from unmerge.task_vector import LowRank
+
+Factors = NDArray[np.float32] | FloatArray
 
 WEAKEST = 1e-3
 """Directions below this share of the strongest are left out: their factors are known too badly."""
@@ -144,7 +148,7 @@ class _Stack:
         Where each atom is in the stack.
     kept : dict of int to slice
         Where it is in the contact.
-    left, right : array, shapes (m, r) and (r, n)
+    left, right : array of float32 or float64, shapes (m, r) and (r, n)
         The stacked factors.
     left_products, right_products : array, shapes (r, q) and (q, r)
         L' L_q and R_q R', with the q columns and rows of the atoms that were subtracted, by their weights in the
@@ -156,8 +160,8 @@ class _Stack:
     remainder: Remainder
     places: Mapping[int, slice]
     kept: Mapping[int, slice]
-    left: FloatArray
-    right: FloatArray
+    left: Factors
+    right: Factors
     left_products: FloatArray
     right_products: FloatArray
     along: FloatArray
@@ -165,20 +169,22 @@ class _Stack:
 
     @classmethod
     def of(cls, remainder: Remainder, regression: Regression) -> _Stack:
-        contact = remainder.contact
+        contact, width = remainder.contact, next(iter(remainder.right.values())).shape[1]
         offered = _slices([rank for _, rank in contact.ranks])
         by_digest = {digest: place for (digest, _), place in zip(contact.ranks, offered, strict=True)}
         kept = {atom: by_digest[regression.directions[atom].digest] for atom in remainder.atoms}
         places = dict(zip(remainder.atoms, _slices([len(remainder.right[a]) for a in remainder.atoms]), strict=True))
-        left = np.concatenate([remainder.left[atom] for atom in remainder.atoms], axis=1)
-        right = np.concatenate([remainder.right[atom] for atom in remainder.atoms])
+        # Products as precise as the contact's own: in float32 where the tensor is large.
+        dtype = np.float32 if regression.rows[remainder.name] * width >= float32.LEAST_ELEMENTS else np.float64
+        left = _stacked([remainder.left[atom] for atom in remainder.atoms], 1, dtype)
+        right = _stacked([remainder.right[atom] for atom in remainder.atoms], 0, dtype)
         weights = np.concatenate(
-            [np.full(len(remainder.right[atom]), remainder.coefficients[atom]) for atom in remainder.atoms]
+            [np.full(len(remainder.right[atom]), remainder.coefficients[atom], dtype) for atom in remainder.atoms]
         )
         chosen = np.concatenate([np.arange(kept[atom].start, kept[atom].stop) for atom in remainder.atoms])
         used = np.flatnonzero(weights)
         subtracted, beside = left[:, used] * weights[used], right[used]
-        left_products, right_products = left.T @ subtracted, beside @ right.T
+        left_products, right_products = (part.astype(np.float64) for part in (left.T @ subtracted, beside @ right.T))
         along = contact.along[:, chosen] - subtracted[contact.rows] @ right_products
         across = contact.across[chosen] - left_products @ beside[:, contact.columns]
         return cls(remainder, places, kept, left, right, left_products, right_products, along, across)
@@ -229,6 +235,10 @@ class _Stack:
             (self.right[place] @ self.right[own].T) @ after
         )
         return seen
+
+
+def _stacked(factors: Sequence[FloatArray], axis: int, dtype: type[np.floating]) -> Factors:
+    return cast("Factors", np.concatenate(factors, axis=axis, dtype=dtype))
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:
