@@ -13,25 +13,15 @@ import numpy as np
 from unmerge.alignment import align
 from unmerge.base_share import BaseShare, base_share, nearer_bases, without_base
 from unmerge.checkpoint.dtypes import FloatArray
-from unmerge.checkpoint.source import resolve, split_name
+from unmerge.checkpoint.source import resolve
 from unmerge.decoys import make_decoys
-from unmerge.dictionary import (
-    Atom,
-    Base,
-    Dictionary,
-    Start,
-    check_names,
-    is_dictionary,
-    open_atom,
-    open_base,
-    open_dictionary,
-    read_task_vector,
-)
-from unmerge.errors import DictionaryError, UnmergeError
+from unmerge.dictionary import Atom, Base, Dictionary, Start, open_base, read_task_vector
+from unmerge.errors import UnmergeError
 from unmerge.extraction import extract
 from unmerge.fingerprint import check_same_base, remote_digest
-from unmerge.regression import Regression, regress
+from unmerge.regression import Regression, Unopened, regress
 from unmerge.result import Attribution, BaseCoefficient, ModelReference
+from unmerge.shortlist import Shelf
 from unmerge.solvers import SOLVERS, Nnls, Solver
 from unmerge.summary import model_reference, summarise
 from unmerge.task_vector import TaskVector, checkpoint_deltas
@@ -79,7 +69,8 @@ def attribute(
     signed : bool
         Allow negative coefficients (task negation).
     exact : bool
-        Read every tensor whole; by default large tensors that no atom changes are sampled, and said to be.
+        Read every tensor whole, and compare every atom on all parameters; by default large tensors that no atom
+        changes are sampled, of large dictionaries only the atoms that show in sketches are opened, and both is said.
     float64 : bool
         Compute large tensors in float64 too; by default their one large GEMM is in float32.
     precision : float, optional
@@ -118,10 +109,13 @@ def attribute(
     if extract_to is not None and Path(extract_to).exists():
         raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
     origin = open_base(str(base), allow_pickle=allow_pickle)
-    dictionary, extra = open_atoms([str(atom) for atom in atoms], origin, allow_pickle=allow_pickle)
     sampled = precision is not None or budget is not None
+    whole = exact or sampled or top_k is not None
+    shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, allow_pickle=allow_pickle)
     remote = open_remote_target(str(target), origin) if sampled else None
     goal = remote or open_target(str(target), origin, allow_pickle=allow_pickle)
+    known = shelf.choose(goal.vector, goal.rows, signed=signed)
+    dictionary, extra = known.dictionary, known.extra
     if decoys:
         extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
     threads = workers or os.cpu_count() or 1
@@ -134,8 +128,8 @@ def attribute(
         every, bounds = (*dictionary.atoms, *extra), limits(precision, budget)
         return _sampled(goal, every, origin, chosen, bounds, others, threads, start)
     result, vector, regression = explain(
-        goal, dictionary, extra, origin, chosen, exact=exact, float64=float64, top_k=top_k, notices=others,
-        workers=threads, start=start,
+        goal, dictionary, extra, origin, chosen, unopened=known.unopened, exact=exact, float64=float64, top_k=top_k,
+        notices=(*known.notices, *others), workers=threads, start=start,
     )  # fmt: skip
     if extract_to is not None:
         _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
@@ -149,6 +143,7 @@ def explain(
     base: Base,
     solver: Solver,
     *,
+    unopened: Sequence[Unopened] = (),
     exact: bool = False,
     float64: bool = False,
     top_k: int | None = None,
@@ -161,6 +156,8 @@ def explain(
 
     Parameters
     ----------
+    unopened : sequence of Unopened
+        Atoms that were compared by their sketches alone.
     refined : bool
         Whether weights are estimated with what rounding did to them, and the rest looked at; without it they are the
         test's own, which costs a fraction and says as well who is present.
@@ -178,7 +175,7 @@ def explain(
     from threadpoolctl import threadpool_limits
 
     def solve(vector: TaskVector) -> Regression:
-        return regress(
+        found = regress(
             vector,
             goal.rows,
             dictionary,
@@ -191,6 +188,7 @@ def explain(
             workers=workers,
             start=start,
         )
+        return replace(found, unopened=tuple(unopened))
 
     # Threaded sums would depend on the number of cores, and threads that wait for small products cost time.
     with threadpool_limits(limits=1, user_api="blas"):
@@ -350,33 +348,6 @@ def open_remote_target(reference: str, base: Base) -> Target | None:
     vector = TaskVector("target", digest, checkpoint_deltas(alignment), alignment.skipped, notices)
     rows = {name: delta.shape[0] for name, delta in vector.deltas.items()}
     return Target(vector, rows, model_reference(source, digest, "checkpoint"))
-
-
-def open_atoms(
-    references: Sequence[str], base: Base, *, allow_pickle: bool = False
-) -> tuple[Dictionary, tuple[Atom, ...]]:
-    """Open what was named as atoms: the first built dictionary, and all other atoms.
-
-    Raises
-    ------
-    UnmergeError
-        If there are none, two have one name, or one cannot be used.
-    """
-    if not references:
-        raise DictionaryError("no atoms were given; name at least one adapter, checkpoint or dictionary")
-    dictionary: Dictionary | None = None
-    extra: list[Atom] = []
-    for reference in references:
-        path = Path(split_name(reference)[1])
-        if is_dictionary(path):
-            opened = open_dictionary(path, base, allow_pickle=allow_pickle)
-            extra.extend(opened.atoms if dictionary else ())
-            dictionary = dictionary or opened
-        else:
-            extra.append(open_atom(reference, base, allow_pickle=allow_pickle))
-    dictionary = dictionary or Dictionary((), {})
-    check_names([*dictionary.names, *(atom.name for atom in extra)])
-    return dictionary, tuple(extra)
 
 
 def _solver(name: str, *, signed: bool) -> Solver:

@@ -18,7 +18,7 @@ from unmerge.errors import UnmergeError
 from unmerge.experiment.command import app as experiment_app
 
 if TYPE_CHECKING:
-    from unmerge.dictionary import Dictionary
+    from unmerge.dictionary import Likeness
 
 app = typer.Typer(
     name="unmerge",
@@ -240,6 +240,7 @@ def dictionary_build(
     from unmerge import dictionary
 
     _run(dictionary.build, folder, atoms, base, workers, allow_pickle, quiet)
+    _show(dictionary.likeness(folder, dictionary.open_base(base, allow_pickle=allow_pickle)))
 
 
 @dictionary_app.command("add")
@@ -254,32 +255,32 @@ def dictionary_add(
     """Add fine-tunes to a dictionary, computing only what is new."""
     from unmerge import dictionary
 
-    _run(dictionary.add, folder, atoms, base, workers, allow_pickle, quiet)
+    names = _run(dictionary.add, folder, atoms, base, workers, allow_pickle, quiet)
+    _show(dictionary.likeness(folder, dictionary.open_base(base, allow_pickle=allow_pickle), names))
 
 
 def _run(
-    verb: Callable[..., Dictionary],
+    verb: Callable[..., tuple[str, ...]],
     folder: Path,
     atoms: list[str],
     base: str,
     workers: int | None,
     allow_pickle: bool,
     quiet: bool,
-) -> None:
+) -> tuple[str, ...]:
     import os
 
     from unmerge.report.progress import progress_bar
 
     with progress_bar(Console(stderr=True), enabled=not quiet) as start:
         threads = workers or os.cpu_count() or 1
-        made = verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start)
-    _show(made)
+        return verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start)
 
 
-def _show(dictionary: Dictionary) -> None:
+def _show(likeness: Likeness) -> None:
     from unmerge.report.terminal import render_dictionary
 
-    Console().print(render_dictionary(dictionary))
+    Console().print(render_dictionary(likeness))
 
 
 @dictionary_app.command("show")
@@ -295,7 +296,7 @@ def dictionary_show(
 
     manifest = dictionary.read_manifest(folder)
     opened = dictionary.open_base(base or dictionary.manifest_base(manifest), allow_pickle=allow_pickle)
-    _show(dictionary.open_dictionary(folder, opened, allow_pickle=allow_pickle))
+    _show(dictionary.likeness(folder, opened))
 
 
 @dictionary_app.command("verify")

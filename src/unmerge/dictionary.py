@@ -1,15 +1,17 @@
 """Dictionaries of known task vectors, in memory and on disk.
 
-A dictionary keeps what can be computed once: digests, the base's fingerprint, and the inner products between
-atoms, tensor by tensor; and the leading directions of full checkpoints. Adding an atom computes its row and
-touches no other.
+A dictionary keeps what can be computed once: digests, the base's fingerprint, a sketch of each atom, the leading
+directions of full checkpoints; and the inner products between its first atoms, tensor by tensor. Adding an atom
+computes its row and touches no other; one that is added after `PRODUCTS` others has no row, and no other is read.
 
 On disk it is a folder::
 
     manifest.json               schema, base, atoms in the order in which they were added
     atoms/NAME/                 a copy of each adapter; full checkpoints stay where they are
     directions/NAME.safetensors leading directions of each full checkpoint: two F32 factors per tensor
-    gram/NAME.safetensors       products of this atom with those before it and itself, one vector per tensor
+    sketch/NAME.safetensors     a few values of what each atom changes, and its energy in each tensor
+    gram/NAME.safetensors       products of this atom with those before it and itself, one vector per tensor; of the
+                                first atoms alone
 
 The manifest is written last and by renaming, so a half-written dictionary is never seen.
 """
@@ -24,6 +26,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +44,14 @@ from unmerge.checkpoint.source import Source, resolve, split_name
 from unmerge.checkpoint.tensor import matrix_shape, values
 from unmerge.directions import directions, is_low_rank
 from unmerge.errors import CheckpointError, DictionaryError, UnmergeError
+from unmerge.sketch import Layout, Sketch, Sketches, sketch, stack
 from unmerge.task_vector import Delta, LowRank, TaskVector, adapter_deltas, checkpoint_deltas
 
-SCHEMA = "unmerge/dictionary/2"
+SCHEMA = "unmerge/dictionary/3"
 MANIFEST = "manifest.json"
+PRODUCTS = 128
+"""Atoms of a dictionary whose inner products are kept: the first ones. A row for each of a thousand would be read by
+every answer and computed with every addition, and a target needs those of few."""
 _NAME = re.compile(r"[\w+-][\w.+-]*$")
 
 Start = Callable[[Plan], Callable[[int], None]]
@@ -104,10 +111,13 @@ class Dictionary:
     gram : mapping
         Tensor name to the (K, K) Gram matrix of the atoms in it, in squared weight units; tensors that no
         atom changes are absent.
+    beyond : tuple of Atom
+        Further atoms, whose inner products are not kept.
     """
 
     atoms: tuple[Atom, ...]
     gram: Mapping[str, FloatArray]
+    beyond: tuple[Atom, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,14 +138,30 @@ class Dictionary:
             result += self.gram[name]
         return result
 
-    @property
-    def cosines(self) -> FloatArray:
-        """Cosines between the atoms over all tensors, shape (K, K), with zeros on the diagonal."""
-        gram = self.total_gram
-        norms = np.sqrt(np.diag(gram))
-        cosines: FloatArray = gram / np.outer(norms, norms)
-        np.fill_diagonal(cosines, 0.0)
-        return cosines
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """What a dictionary on disk knows of an atom without opening it.
+
+    Attributes
+    ----------
+    name : str
+        What users call it.
+    kind : str
+        ``"adapter"`` or ``"checkpoint"``.
+    digest : str
+        Of its contents, as of `TaskVector`.
+    source : Source
+        Where it was found.
+    sketch : Path
+        The file of its sketch.
+    """
+
+    name: str
+    kind: Literal["adapter", "checkpoint"]
+    digest: str
+    source: Source
+    sketch: Path
 
 
 def is_dictionary(path: Path) -> bool:
@@ -289,16 +315,22 @@ def check_names(names: Sequence[str]) -> None:
     DictionaryError
         If a name occurs twice.
     """
+    seen: set[str] = set()
     for name in names:
-        if names.count(name) > 1:
+        if name in seen:
             raise DictionaryError(f"two atoms are called {name!r}; give one another name with NAME=PATH")
+        seen.add(name)
 
 
 def _refuse_zero(dictionary: Dictionary) -> None:
     for atom, energy in zip(dictionary.atoms, np.diag(dictionary.total_gram), strict=True):
         if energy == 0.0:
-            what = "a zero adapter (was it trained?)" if atom.kind == "adapter" else "bit-identical to the base"
-            raise DictionaryError(f"{atom.name}: changes nothing: {what}; leave it out")
+            raise DictionaryError(_changes_nothing(atom))
+
+
+def _changes_nothing(atom: Atom) -> str:
+    what = "a zero adapter (was it trained?)" if atom.kind == "adapter" else "bit-identical to the base"
+    return f"{atom.name}: changes nothing: {what}; leave it out"
 
 
 def build(
@@ -309,8 +341,13 @@ def build(
     allow_pickle: bool = False,
     workers: int = 1,
     start: Start | None = None,
-) -> Dictionary:
+) -> tuple[str, ...]:
     """Build a dictionary on disk.
+
+    Returns
+    -------
+    tuple of str
+        The names of its atoms.
 
     Raises
     ------
@@ -321,14 +358,15 @@ def build(
         raise DictionaryError(f"{path}: already exists; choose another folder, or add to it with `dictionary add`")
     base = open_base(base_reference, allow_pickle=allow_pickle)
     atoms = [open_atom(reference, base, allow_pickle=allow_pickle) for reference in references]
-    dictionary = combine(base, atoms, workers=workers, start=start)
+    known = combine(base, atoms[:PRODUCTS], workers=workers, start=start)
+    check_names([atom.name for atom in atoms])
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as folder:
-        _write(folder, dictionary, base, range(len(atoms)), workers=workers)
+        _write(folder, base, [], atoms, known, workers=workers)
         if path.exists():
             path.rmdir()
         folder.rename(path)
-    return _with_directions(path, dictionary)
+    return tuple(atom.name for atom in atoms)
 
 
 def add(
@@ -339,8 +377,13 @@ def add(
     allow_pickle: bool = False,
     workers: int = 1,
     start: Start | None = None,
-) -> Dictionary:
-    """Add atoms to a dictionary on disk, computing only their rows of the Gram matrix.
+) -> tuple[str, ...]:
+    """Add atoms to a dictionary on disk; the others are read only while there is room for inner products.
+
+    Returns
+    -------
+    tuple of str
+        The names of the new atoms.
 
     Raises
     ------
@@ -348,26 +391,36 @@ def add(
         If it is not a dictionary of this base, or a name is taken.
     """
     base = open_base(base_reference, allow_pickle=allow_pickle)
-    known = open_dictionary(path, base, allow_pickle=allow_pickle)
+    entries = _entries_on(path, base)
     atoms = [open_atom(reference, base, allow_pickle=allow_pickle) for reference in references]
-    dictionary = combine(base, atoms, known=known, workers=workers, start=start)
-    _write(path, dictionary, base, range(len(known.atoms), len(dictionary.atoms)), workers=workers)
-    return _with_directions(path, dictionary)
+    check_names([*(entry["name"] for entry in entries), *(atom.name for atom in atoms)])
+    room = PRODUCTS - len(entries) if all(entry["gram_sha256"] for entry in entries) else 0
+    known = Dictionary((), {})
+    if room > 0:
+        opened = open_dictionary(path, base, allow_pickle=allow_pickle)
+        known = combine(base, atoms[:room], known=opened, workers=workers, start=start)
+    _write(path, base, entries, atoms, known, workers=workers)
+    return tuple(atom.name for atom in atoms)
 
 
-def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int], *, workers: int) -> None:
-    """Write the atoms at the positions `new`, then the manifest, which makes them count."""
-    old = read_manifest(path)["atoms"] if (path / MANIFEST).exists() else []
-    entries = list(old)
-    for position in new:
-        atom = dictionary.atoms[position]
-        if atom.kind == "adapter":
-            _copy_adapter(atom.source.path, path / "atoms" / atom.name)
-        else:
-            _save(_directions_file(path, atom.name), _factors(directions(atom.vector, workers=workers)))
-        row = {name: gram[position, : position + 1].copy() for name, gram in dictionary.gram.items()}
-        _save(_products_file(path, atom.name), row)
-        entries.append(_entry(path, atom))
+def _write(
+    path: Path,
+    base: Base,
+    entries: Sequence[Mapping[str, Any]],
+    atoms: Sequence[Atom],
+    known: Dictionary,
+    *,
+    workers: int,
+) -> None:
+    """Write atoms after those of the entries, then the manifest, which makes them count.
+
+    `known` has the products of those that were before, and of the new ones for which there is room.
+    """
+    layout = Layout.of(base.shapes)
+    written = [
+        _write_atom(path, atom, layout, _row(known, len(entries) + position), workers=workers)
+        for position, atom in enumerate(atoms)
+    ]
     manifest = {
         "schema": SCHEMA,
         "base": {
@@ -375,15 +428,63 @@ def _write(path: Path, dictionary: Dictionary, base: Base, new: Collection[int],
             "commit": base.source.commit,
             "digest": base.digest,
         },
-        "atoms": entries,
     }
+    # One line for each atom; indented JSON takes ten times as long to write.
+    lines = ",\n".join(f" {json.dumps(entry)}" for entry in (*entries, *written))
     temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(f'{json.dumps(manifest)[:-1]},\n"atoms": [\n{lines}\n]}}\n', encoding="utf-8")
     temporary.replace(path / MANIFEST)
+
+
+def _row(known: Dictionary, position: int) -> dict[str, FloatArray] | None:
+    """Return an atom's products with those before it and itself; None where there was no room for them."""
+    if position >= len(known.atoms):
+        return None
+    return {name: gram[position, : position + 1].copy() for name, gram in known.gram.items()}
+
+
+def _write_atom(
+    path: Path, atom: Atom, layout: Layout, row: Mapping[str, FloatArray] | None, *, workers: int
+) -> dict[str, Any]:
+    """Write what is kept of an atom, and return its entry; an adapter is copied while it is sketched."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    copy = path / "atoms" / atom.name
+    with ThreadPoolExecutor(1) as pool:
+        copied = pool.submit(_copy_adapter, atom.source.path, copy) if atom.kind == "adapter" else None
+        try:
+            found = _sketch(atom, layout, row, workers=workers)
+        except UnmergeError:
+            if copied:
+                copied.exception()
+                shutil.rmtree(copy)
+            raise
+        if copied:
+            copied.result()
+    _save(_sketch_file(path, atom.name), found.tensors)
+    if row is not None:
+        _save(_products_file(path, atom.name), row)
+    if atom.kind == "checkpoint":
+        _save(_directions_file(path, atom.name), _factors(directions(atom.vector, workers=workers)))
+    return _entry(path, atom, has_row=row is not None)
+
+
+def _sketch(atom: Atom, layout: Layout, row: Mapping[str, FloatArray] | None, *, workers: int) -> Sketch:
+    known = None if row is None else {name: float(products[-1]) for name, products in row.items()}
+    found = sketch(atom.vector, layout, known, workers=workers)
+    if not np.isfinite(found.energies).all():
+        raise DictionaryError(f"{atom.name}: has NaN or Inf, or its energy overflows: not a usable fine-tune")
+    if not found.energies.any():
+        raise DictionaryError(_changes_nothing(atom))
+    return found
 
 
 def _directions_file(path: Path, name: str) -> Path:
     return path / "directions" / f"{name}.safetensors"
+
+
+def _sketch_file(path: Path, name: str) -> Path:
+    return path / "sketch" / f"{name}.safetensors"
 
 
 def _products_file(path: Path, name: str) -> Path:
@@ -414,7 +515,7 @@ def _copy_adapter(source: Path, destination: Path) -> None:
             shutil.copyfile(file, destination / file.name)
 
 
-def _entry(path: Path, atom: Atom) -> dict[str, Any]:
+def _entry(path: Path, atom: Atom, *, has_row: bool) -> dict[str, Any]:
     return {
         "name": atom.name,
         "kind": atom.kind,
@@ -422,7 +523,8 @@ def _entry(path: Path, atom: Atom) -> dict[str, Any]:
         "reference": atom.source.reference,
         "commit": atom.source.commit,
         "path": None if atom.kind == "adapter" or atom.source.commit else str(atom.source.path.resolve()),
-        "gram_sha256": _sha256(_products_file(path, atom.name)),
+        "sketch_sha256": _sha256(_sketch_file(path, atom.name)),
+        "gram_sha256": _sha256(_products_file(path, atom.name)) if has_row else None,
         "directions_sha256": None if atom.kind == "adapter" else _sha256(_directions_file(path, atom.name)),
     }
 
@@ -462,6 +564,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DictionaryError(f"{path / MANIFEST}: damaged: one of its atoms is incomplete")
     if not isinstance(base, dict) or not isinstance(base.get("digest"), str):
         raise DictionaryError(f"{path / MANIFEST}: damaged: its base is incomplete")
+    if any(later["gram_sha256"] and not entry["gram_sha256"] for entry, later in pairwise(atoms)):
+        raise DictionaryError(f"{path / MANIFEST}: damaged: an atom without inner products is before one with them")
     check_names([entry["name"] for entry in atoms])
     return manifest
 
@@ -478,18 +582,19 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry.get("name"), str)
         and bool(_NAME.match(entry["name"]))
         and entry.get("kind") in {"adapter", "checkpoint"}
-        and all(isinstance(entry.get(key), str) for key in ("digest", "reference", "gram_sha256"))
+        and all(isinstance(entry.get(key), str) for key in ("digest", "reference", "sketch_sha256"))
+        and ("gram_sha256" in entry and isinstance(entry["gram_sha256"], str | None))
         and isinstance(entry.get("directions_sha256"), str) == (entry["kind"] == "checkpoint")
     )
 
 
-def open_dictionary(path: Path, base: Base, *, allow_pickle: bool = False) -> Dictionary:
-    """Open a dictionary for use with a base.
+def _entries_on(path: Path, base: Base) -> list[dict[str, Any]]:
+    """Return the atoms' entries of a dictionary's manifest.
 
     Raises
     ------
     DictionaryError
-        If it was built on another base, or a part of it is missing or damaged.
+        If it is not a dictionary, or was built on another base.
     """
     manifest = read_manifest(path)
     if manifest["base"]["digest"] != base.digest:
@@ -498,14 +603,116 @@ def open_dictionary(path: Path, base: Base, *, allow_pickle: bool = False) -> Di
             f"{base.source.reference}: their fingerprints differ; build a dictionary on this base"
         )
         raise DictionaryError(message)
-    atoms = tuple(_open_entry(path, entry, base, allow_pickle=allow_pickle) for entry in manifest["atoms"])
-    return _with_directions(path, Dictionary(atoms, _read_gram(path, atoms)))
+    return list(manifest["atoms"])
 
 
-def _with_directions(path: Path, dictionary: Dictionary) -> Dictionary:
-    """Give every atom of a dictionary on disk its leading directions; headers only."""
-    atoms = (replace(atom, directions=_read_directions(path, atom)) for atom in dictionary.atoms)
-    return replace(dictionary, atoms=tuple(atoms))
+def open_dictionary(
+    path: Path, base: Base, names: Collection[str] | None = None, *, allow_pickle: bool = False
+) -> Dictionary:
+    """Open a dictionary for use with a base.
+
+    Parameters
+    ----------
+    names : collection of str, optional
+        The atoms to open; all by default. No file of another one is read.
+
+    Raises
+    ------
+    DictionaryError
+        If it was built on another base, or a part of it is missing or damaged.
+    """
+    entries = _entries_on(path, base)
+    chosen = [place for place, entry in enumerate(entries) if names is None or entry["name"] in names]
+    atoms = [_open_entry(path, entries[place], base, allow_pickle=allow_pickle) for place in chosen]
+    # Headers only: every atom gets its leading directions.
+    atoms = [replace(atom, directions=_read_directions(path, atom)) for atom in atoms]
+    places = [place for place in chosen if entries[place]["gram_sha256"]]
+    known = tuple(atoms[: len(places)])
+    return Dictionary(known, _read_gram(path, known, places), tuple(atoms[len(places) :]))
+
+
+def read_records(path: Path, base: Base) -> tuple[Record, ...]:
+    """Return what a dictionary knows of its atoms, in their order, without opening one.
+
+    Raises
+    ------
+    DictionaryError
+        If it was built on another base, or its manifest is damaged.
+    """
+    return tuple(
+        Record(
+            entry["name"],
+            entry["kind"],
+            entry["digest"],
+            Source(entry["reference"], path / "atoms" / entry["name"], entry.get("commit")),
+            _sketch_file(path, entry["name"]),
+        )
+        for entry in _entries_on(path, base)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Likeness:
+    """How alike some atoms of a dictionary are to all of them.
+
+    Attributes
+    ----------
+    records : tuple of Record
+        All atoms, in their order.
+    norms : array, shape (K,)
+        Of their changes, in weight units.
+    shown : tuple of int
+        The atoms that were asked for.
+    cosines : array, shape (S, K)
+        Between them and all atoms; 1 with themselves. Exact where inner products are kept, else from sketches.
+    """
+
+    records: tuple[Record, ...]
+    norms: FloatArray
+    shown: tuple[int, ...]
+    cosines: FloatArray
+
+
+def likeness(path: Path, base: Base, names: Collection[str] | None = None) -> Likeness:
+    """Compare the named atoms of a dictionary, by default all, with all of them.
+
+    Raises
+    ------
+    DictionaryError
+        If it was built on another base, or a part of it is missing or damaged.
+    """
+    records = read_records(path, base)
+    shown = [place for place, record in enumerate(records) if names is None or record.name in names]
+    found = stack([record.sketch for record in records], Layout.of(base.shapes))
+    norms = np.sqrt(found.energies.sum(axis=1))
+    cosines = _sketched_cosines(found, shown)
+    rows = {place: row for place in shown if (row := _exact_row(path, records[place].name)) is not None}
+    for line, place in enumerate(shown):
+        if place in rows:
+            cosines[line, : place + 1] = rows[place] / (norms[place] * norms[: place + 1])
+        for other, row in rows.items():
+            if place < other:
+                cosines[line, other] = row[place] / (norms[place] * norms[other])
+        cosines[line, place] = 1.0
+    return Likeness(records, norms, tuple(shown), cosines)
+
+
+def _sketched_cosines(found: Sketches, rows: Sequence[int]) -> FloatArray:
+    lengths = np.sqrt(np.einsum("km,km->k", found.values, found.values, dtype=np.float64))
+    lengths[lengths == 0.0] = np.inf  # an atom of vectors alone
+    products = (found.values[list(rows)] @ found.values.T).astype(np.float64)
+    cosines: FloatArray = products / np.outer(lengths[list(rows)], lengths)
+    return cosines
+
+
+def _exact_row(path: Path, name: str) -> FloatArray | None:
+    """Return an atom's products over all tensors with those before it and itself, if they are kept."""
+    file = _products_file(path, name)
+    if not file.is_file():
+        return None
+    tensors, _ = read_header(file)
+    total: FloatArray = np.sum([values(tensor)[0] for _, tensor in sorted(tensors.items())], axis=0)
+    return total
 
 
 def _read_directions(path: Path, atom: Atom) -> TaskVector | None:
@@ -542,15 +749,16 @@ def _open_entry(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickl
     return replace(atom, source=replace(atom.source, reference=entry["reference"]))
 
 
-def _read_gram(path: Path, atoms: Sequence[Atom]) -> dict[str, FloatArray]:
+def _read_gram(path: Path, atoms: Sequence[Atom], places: Sequence[int]) -> dict[str, FloatArray]:
+    """Read the Gram matrices of atoms at these places, ascending, of the order in which they were added."""
     size = len(atoms)
     gram: dict[str, FloatArray] = {}
-    for position, atom in enumerate(atoms):
+    for position, (atom, place) in enumerate(zip(atoms, places, strict=True)):
         tensors, _ = read_header(_products_file(path, atom.name))
         for name, tensor in tensors.items():
-            if tensor.shape != (position + 1,):
+            if tensor.shape != (place + 1,):
                 raise DictionaryError(f"{path}: the products of {atom.name!r} have the wrong size; build again")
-            row = values(tensor)[0]
+            row = values(tensor)[0][list(places[: position + 1])]
             matrix = gram.setdefault(name, np.zeros((size, size)))
             matrix[position, : position + 1] = row
             matrix[: position + 1, position] = row
@@ -583,7 +791,9 @@ def verify(path: Path, base_reference: str | None = None) -> list[str]:
 
 def _verify_entry(path: Path, entry: Mapping[str, Any], base: Base) -> Iterator[str]:
     name = entry["name"]
-    if not _is_as_written(_products_file(path, name), entry["gram_sha256"]):
+    if not _is_as_written(_sketch_file(path, name), entry["sketch_sha256"]):
+        yield f"atom {name}: its sketch is missing or changed"
+    if entry["gram_sha256"] and not _is_as_written(_products_file(path, name), entry["gram_sha256"]):
         yield f"atom {name}: its inner products are missing or changed"
     if entry["kind"] == "checkpoint" and not _is_as_written(_directions_file(path, name), entry["directions_sha256"]):
         yield f"atom {name}: its leading directions are missing or changed"

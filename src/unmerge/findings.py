@@ -16,7 +16,7 @@ from unmerge.evidence.beside import beside_stranger
 from unmerge.evidence.identifiability import alike_groups
 from unmerge.evidence.intervals import jackknife_intervals
 from unmerge.evidence.lattice import Block
-from unmerge.evidence.presence import Core, Presence, presence
+from unmerge.evidence.presence import FEWEST, Core, Presence, presence
 from unmerge.evidence.profile import Shape, describe_profile
 from unmerge.evidence.rounding import (
     IN_STORAGE,
@@ -29,7 +29,8 @@ from unmerge.evidence.rounding import (
     simulated_least_squares,
 )
 from unmerge.evidence.spectrum import Character, character, spikes
-from unmerge.regression import Regression
+from unmerge.regression import Regression, Unopened
+from unmerge.screening import SIGN
 from unmerge.solvers import Nnls, Solution, Solver, Status
 from unmerge.solvers.problem import unit_gram
 from unmerge.statistics import Statistics
@@ -141,10 +142,11 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Findings:
-    """All that is known: one finding for each atom, in the regression's order, and of the rest."""
+    """All that is known: a finding for each atom and each unopened one, in the regression's order, and of the rest."""
 
     atoms: tuple[Finding, ...]
     unknown: Unknown
+    unopened: tuple[Finding, ...] = ()
 
 
 def examine(
@@ -175,12 +177,27 @@ def examine(
     workers : int
         Threads; the result does not depend on it.
     """
+    found = _examine(regression, solution, solver, target, base, refined=refined, workers=workers)
+    return replace(found, unopened=tuple(_unopened(atom, signed=solver.signed) for atom in regression.unopened))
+
+
+def _examine(
+    regression: Regression,
+    solution: Solution,
+    solver: Solver,
+    target: TaskVector,
+    base: Base,
+    *,
+    refined: bool,
+    workers: int,
+) -> Findings:
     if solution.status in (Status.NOT_CONVERGED, Status.NOT_FINITE) or not regression.contacts:
         return _untested(regression, solution, _jackknife(regression, solver))
     groups = alike_groups(regression.total.gram)
     tests = presence_tests(regression, solution, groups, signed=solver.signed, workers=workers)
-    findings = [_tested(solution, solver, tests, atom, groups) for atom in range(len(regression.atoms))]
-    findings = [_in_its_group(findings, tests, solution, atom) for atom in range(len(findings))]
+    many = regression.candidates
+    findings = [_tested(solution, solver, tests, atom, groups, many) for atom in range(len(regression.atoms))]
+    findings = [_in_its_group(findings, tests, solution, atom, many) for atom in range(len(findings))]
     kept = [
         atom
         for atom, finding in enumerate(findings)
@@ -316,8 +333,9 @@ def _tested(
     tests: Mapping[int, AtomTest],
     atom: int,
     groups: Sequence[Sequence[int]],
+    candidates: int,
 ) -> Finding:
-    """Say what the test of one atom means."""
+    """Say what the test of one atom means, when so many could be accused."""
     coefficient = float(solution.coefficients[atom])
     tied = next((group for group in solution.groups if atom in group), ())
     if tied:
@@ -327,7 +345,7 @@ def _tested(
     test = tests.get(atom)
     if test is None or not test.own.decidable:
         return Finding(None, None, None, None, None, "too few matrices for a test")
-    present, reason = _verdict(test.own, coefficient, len(solution.coefficients))
+    present, reason = _verdict(test.own, coefficient, candidates)
     if present and not np.any(solution.coefficients[[atom, *group]]):
         # The solver does without it and its versions: what the filter sees, others explain as well.
         present, reason = None, WEAK
@@ -340,29 +358,31 @@ def _tested(
         interval=interval,
         present=present,
         p_value=test.own.p_value,
-        detectable=_detectable(test.own, len(solution.coefficients)),
+        detectable=_detectable(test.own, candidates),
         reason=reason,
         group=group,
         layers=test.own.layers,
     )
 
 
-def _in_its_group(findings: Sequence[Finding], tests: Mapping[int, AtomTest], solution: Solution, atom: int) -> Finding:
+def _in_its_group(
+    findings: Sequence[Finding], tests: Mapping[int, AtomTest], solution: Solution, atom: int, candidates: int
+) -> Finding:
     """Leave open which version of a fine-tune is present if one of them is, and none is certain."""
     own = findings[atom]
     members = (atom, *own.group)
     if not own.group or any(findings[member].present for member in members):
         return own
-    if not any(_stands_for_present(tests.get(member), solution, member) for member in members):
+    if not any(_stands_for_present(tests.get(member), solution, member, candidates) for member in members):
         return own
     # Versions of one fine-tune share a weight in ways that nothing determines.
     return replace(own, weight=None, interval=None, present=None, reason=ONE_OF_GROUP, one_of_group=True)
 
 
-def _stands_for_present(test: AtomTest | None, solution: Solution, atom: int) -> bool:
+def _stands_for_present(test: AtomTest | None, solution: Solution, atom: int, candidates: int) -> bool:
     if test is None or test.group is None:
         return False
-    return _verdict(test.group, float(solution.coefficients[atom]), len(solution.coefficients))[0] is True
+    return _verdict(test.group, float(solution.coefficients[atom]), candidates)[0] is True
 
 
 def _detectable(test: Presence, atoms: int) -> float:
@@ -382,6 +402,23 @@ def _verdict(test: Presence, coefficient: float, atoms: int) -> tuple[bool | Non
     if detectable > max(SMALLEST, abs(coefficient)):
         return None, f"a weight below {detectable:.2g} could not be seen here"
     return False, f"its own directions are missing; {detectable:.1g} would be seen"
+
+
+def _unopened(atom: Unopened, *, signed: bool) -> Finding:
+    """Say what a sketch in which nothing of an atom was seen means."""
+    from scipy.special import stdtrit
+
+    if not np.isfinite(atom.error) or atom.freedom < FEWEST - 1.0:
+        return Finding(None, None, None, None, None, "a sketch tells too little of it")
+    detectable = float(SIGN + stdtrit(atom.freedom, POWER)) * atom.error
+    half = float(stdtrit(atom.freedom, 0.5 + 0.5 * LEVEL)) * atom.error
+    least = -np.inf if signed else 0.0
+    low, high = min(atom.coefficient - half, 0.0), max(atom.coefficient + half, 0.0)
+    present = None if detectable > SMALLEST else False
+    reason = f"nothing of it in a sketch of {atom.values:,} parameters; {detectable:.1g} would be seen"
+    if present is None:
+        reason = f"a weight below {detectable:.2g} could not be seen in a sketch of {atom.values:,} parameters"
+    return Finding(None, (max(least, low), high), present, None, detectable, reason)
 
 
 def _drift_free(test: Presence, kept: float, *, signed: bool) -> tuple[float, tuple[float, float]]:

@@ -33,7 +33,7 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
         for start, stop in sampled_rows(tensor):
-            digest.update(tensor.read(start, stop).tobytes())
+            digest.update(np.ascontiguousarray(tensor.read(start, stop)).data)
     return digest.hexdigest()
 
 
@@ -52,7 +52,7 @@ def adapter_digest(adapter: Adapter) -> str:
     digest.update(json.dumps(options, sort_keys=True).encode())
     for name, tensor in _adapter_tensors(adapter):
         digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
-        digest.update(tensor.read(0, matrix_shape(tensor.shape)[0]).tobytes())
+        digest.update(np.ascontiguousarray(tensor.read(0, matrix_shape(tensor.shape)[0])).data)
     return digest.hexdigest()
 
 

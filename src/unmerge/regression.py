@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from unmerge.accumulate import Contact, Plan, Products, accumulate, plan, total
 from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.checkpoint.source import Source
 from unmerge.compress import compressed_statistics, select_top_k
 from unmerge.dictionary import Atom, Base, Dictionary, Start, join
 from unmerge.directions import directions, is_low_rank
@@ -43,6 +45,37 @@ class TensorStatistics:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Unopened:
+    """An atom that was compared by its sketch alone.
+
+    Attributes
+    ----------
+    name, kind, digest, source
+        As of `unmerge.dictionary.Record`.
+    energy : float
+        Of its change in the tensors that were compared, in squared weight units.
+    coefficient : float
+        What least squares gives it in the sketch, beside the atoms that show there; of any sign.
+    error : float
+        Its standard error; infinite if nothing is known.
+    freedom : float
+        Degrees of freedom of the error.
+    values : int
+        Values in the sketch.
+    """
+
+    name: str
+    kind: Literal["adapter", "checkpoint"]
+    digest: str
+    source: Source
+    energy: float
+    coefficient: float
+    error: float
+    freedom: float
+    values: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Regression:
     """A target's statistics against all atoms.
 
@@ -63,6 +96,8 @@ class Regression:
         singular directions of a full checkpoint.
     rows : mapping of str to int
         Rows that were compared of each tensor.
+    unopened : tuple of Unopened
+        Further atoms of the dictionary, of which a sketch was compared and nothing seen.
     """
 
     atoms: tuple[Atom, ...]
@@ -72,6 +107,12 @@ class Regression:
     contacts: Mapping[str, Contact]
     directions: tuple[TaskVector, ...]
     rows: Mapping[str, int]
+    unopened: tuple[Unopened, ...] = ()
+
+    @property
+    def candidates(self) -> int:
+        """How many atoms may be accused: those of the statistics, and the unopened ones."""
+        return len(self.atoms) + len(self.unopened)
 
     @property
     def total(self) -> Statistics:

@@ -14,7 +14,7 @@ from unmerge.checkpoint.source import Source
 from unmerge.decoys import is_decoy
 from unmerge.dictionary import Base
 from unmerge.findings import Finding, Findings, Unknown, examine
-from unmerge.regression import Regression, TensorStatistics, add
+from unmerge.regression import Regression, TensorStatistics, Unopened, add
 from unmerge.result import (
     Attribution,
     BaseCoefficient,
@@ -85,7 +85,10 @@ def summarise(
     found = examine(regression, solution, solver, target, base, refined=refined, workers=workers)
     names = [atom.name for atom in regression.atoms]
     real = [place for place, atom in enumerate(regression.atoms) if not is_decoy(atom)]
-    components = _components(regression, statistics, solution, found, real)
+    components = _ordered(
+        [_component(regression, place, statistics, solution, found.atoms[place]) for place in real]
+        + [_unopened(*pair, statistics) for pair in zip(regression.unopened, found.unopened, strict=True)]
+    )
     unexplained = _unexplained(regression, statistics, found.unknown)
     return Attribution(
         target=reference,
@@ -109,15 +112,30 @@ def summarise(
     )
 
 
-def _components(
-    regression: Regression,
-    statistics: Statistics,
-    solution: Solution,
-    found: Findings,
-    real: Sequence[int],
-) -> tuple[Component, ...]:
-    components = [_component(regression, place, statistics, solution, found.atoms[place]) for place in real]
+def _ordered(components: Sequence[Component]) -> tuple[Component, ...]:
     return tuple(sorted(components, key=lambda item: (-abs(item.weight or 0.0), -abs(item.coefficient), item.name)))
+
+
+def _unopened(atom: Unopened, found: Finding, statistics: Statistics) -> Component:
+    return Component(
+        name=atom.name,
+        coefficient=0.0,
+        weight=None,
+        interval=found.interval,
+        present=found.present,
+        evidence=Evidence(
+            reason=found.reason,
+            p_value=None,
+            detectable=found.detectable,
+            group=(),
+            one_of_group=False,
+            energy_share=0.0,
+        ),
+        profile=None,
+        by_layer=(),
+        source=model_reference(atom.source, atom.digest, atom.kind),
+        relative_norm=float(np.sqrt(atom.energy / statistics.energy)),
+    )
 
 
 def _component(

@@ -14,12 +14,13 @@ from tests.recipe.passthrough import bits, random_model, write_model
 from tests.recipe.passthrough import merge as run_mergekit
 from tests.recipe.tunes import MERGES, SEEDS, Tunes
 from tests.recipe.worlds import models
-from unmerge.attribution import explain, open_atoms, open_target
+from unmerge.attribution import explain, open_target
 from unmerge.checkpoint.reader import open_checkpoint
 from unmerge.dictionary import open_base
 from unmerge.errors import RecipeError
 from unmerge.recipe.document import Recipe, parse_recipe
 from unmerge.recipe.recovery import Search, recover
+from unmerge.shortlist import Shelf
 from unmerge.solvers import SOLVERS
 
 NORMALIZED = {"linear", "linear in float32", "ties", "ties with lambda", "della"}
@@ -186,7 +187,8 @@ def test_copies_at_the_same_depth_are_told_as_copies(tmp_path: Path, parts: list
 
 def test_who_is_present_does_not_hang_on_exact_weights(tunes: Tunes) -> None:
     base = open_base(tunes.path("base"))
-    dictionary, extra = open_atoms(tunes.known, base)
+    known = Shelf.of(tunes.known, base).open_all()
+    dictionary, extra = known.dictionary, known.extra
     target = open_target(str(tunes.merged("linear")), base)
     exact, rough = (
         explain(target, dictionary, extra, base, SOLVERS["nnls"](signed=False), refined=refined)[0]

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from unmerge.alignment import layer_count
-from unmerge.attribution import Target, explain, open_atoms, open_target
+from unmerge.attribution import Target, explain, open_target
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from unmerge.checkpoint.source import Source, resolve
 from unmerge.checkpoint.tensor import ArrayTensor, Tensor, matrix_shape, values
-from unmerge.dictionary import Atom, Base, Dictionary, open_base
+from unmerge.dictionary import Atom, Base, open_base
 from unmerge.errors import AlignmentError, RecipeError
 from unmerge.merging.draws import TorchDraws
 from unmerge.merging.method import Draws
@@ -40,6 +40,7 @@ from unmerge.recipe.seed_search import SEEDS
 from unmerge.recipe.sources import Model, open_model
 from unmerge.recipe.trial import CONVENTIONS, CURRENT, FAIR, Trial, Tried, is_as_good, polish, simplify
 from unmerge.result import Attribution
+from unmerge.shortlist import Chosen, Shelf
 from unmerge.solvers import SOLVERS
 from unmerge.summary import summarise
 
@@ -119,8 +120,8 @@ def recover(
     origin = open_base(base)
     source = resolve(target)
     goal = open_checkpoint(source.path)
-    dictionary, extra = open_atoms(list(atoms), origin)
-    known = {atom.name: atom for atom in (*dictionary.atoms, *extra)}
+    shelf = Shelf.of(list(atoms), origin)
+    known = {atom.name: atom for atom in shelf.open_all().atoms}
     begin = start or _silent
     if has_experts(goal) and not has_experts(origin.checkpoint):
         return from_experts(source, goal, origin, known)
@@ -138,7 +139,7 @@ def recover(
             raise
         return stack
     advance = begin("attributing", 1)
-    attributed = _Attributed.of(opened, dictionary, extra, origin)
+    attributed = _Attributed.of(opened, shelf.choose(opened.vector, opened.rows), origin)
     advance(1)
     return _Recoverer(source, goal, origin, known, attributed, search or Search(), begin).run()
 
@@ -168,17 +169,18 @@ class _Attributed:
     refined: Callable[[], Attribution]
 
     @classmethod
-    def of(cls, goal: Target, dictionary: Dictionary, extra: Sequence[Atom], base: Base) -> _Attributed:
+    def of(cls, goal: Target, known: Chosen, base: Base) -> _Attributed:
         solver = SOLVERS["nnls"](signed=False)
         workers = os.cpu_count() or 1
         found, vector, regression = explain(
-            goal, dictionary, extra, base, solver, refined=False, workers=workers
+            goal, known.dictionary, known.extra, base, solver, unopened=known.unopened, refined=False,
+            notices=known.notices, workers=workers,
         )  # fmt: skip
 
         def refined() -> Attribution:
             return summarise(
                 regression, solver, vector, goal.reference, base, set(goal.rows),
-                base_coefficient=found.base_coefficient,
+                base_coefficient=found.base_coefficient, notices=known.notices,
             )  # fmt: skip
 
         return cls(found, refined)

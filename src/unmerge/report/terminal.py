@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from unmerge.dictionary import Dictionary
+from unmerge.dictionary import Likeness
 from unmerge.evidence.identifiability import ALIKE, alike_groups, coherence
 from unmerge.result import Attribution, Component, Profile
 
@@ -34,29 +34,30 @@ def render(result: Attribution, *, layers: bool = False) -> RenderableType:
     return Group(*parts)
 
 
-def render_dictionary(dictionary: Dictionary) -> RenderableType:
-    """Lay out a dictionary: its atoms, and the most similar other atom of each."""
-    cosines = dictionary.cosines
-    norms = np.sqrt(np.diag(dictionary.total_gram))
+def render_dictionary(likeness: Likeness) -> RenderableType:
+    """Lay out atoms of a dictionary: the most similar other atom of each."""
     table = Table()
     for heading in ("atom", "kind", "norm", "most alike", "cosine", "from"):
         table.add_column(heading, justify="right" if heading in {"norm", "cosine"} else "left", overflow="fold")
-    for index, atom in enumerate(dictionary.atoms):
-        nearest = int(np.argmax(np.abs(cosines[index])))
-        alike = ("", "") if len(norms) < 2 else (dictionary.names[nearest], f"{cosines[index, nearest]:+.3f}")
+    between = likeness.cosines.copy()
+    between[np.arange(len(likeness.shown)), likeness.shown] = 0.0
+    for cosines, place in zip(between, likeness.shown, strict=True):
+        record, nearest = likeness.records[place], int(np.argmax(np.abs(cosines)))
+        alike = ("", "") if len(cosines) < 2 else (likeness.records[nearest].name, f"{cosines[nearest]:+.3f}")
         row = (
-            Text(atom.name),
-            atom.kind,
-            f"{norms[index]:.4g}",
+            Text(record.name),
+            record.kind,
+            f"{likeness.norms[place]:.4g}",
             Text(alike[0]),
             alike[1],
-            Text(atom.source.reference),
+            Text(record.source.reference),
         )
         table.add_row(*row)
-    largest = coherence(dictionary.total_gram)
-    lines = [Text(f"Coherence (largest |cosine| of two atoms): {largest:.3f}")]
-    for group in alike_groups(dictionary.total_gram):
-        names = ", ".join(dictionary.names[atom] for atom in group)
+    if len(likeness.shown) < len(likeness.records):
+        return Group(table, Text(f"{len(likeness.records)} atoms in all."))
+    lines = [Text(f"Coherence (largest |cosine| of two atoms): {coherence(likeness.cosines):.3f}")]
+    for group in alike_groups(likeness.cosines):
+        names = ", ".join(likeness.records[atom].name for atom in group)
         lines.append(Text(f"Versions of one fine-tune (|cosine| of {ALIKE} and more): {names}", style="yellow"))
     return Group(table, *lines)
 
