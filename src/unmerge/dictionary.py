@@ -428,11 +428,11 @@ def _write(
             "commit": base.source.commit,
             "digest": base.digest,
         },
+        "atoms": [*entries, *written],
     }
-    # One line for each atom; indented JSON takes ten times as long to write.
-    lines = ",\n".join(f" {json.dumps(entry)}" for entry in (*entries, *written))
     temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(f'{json.dumps(manifest)[:-1]},\n"atoms": [\n{lines}\n]}}\n', encoding="utf-8")
+    # Not indented, but a line for each value: indented JSON takes ten times as long to write.
+    temporary.write_text(json.dumps(manifest, separators=(",\n", ": ")) + "\n", encoding="utf-8")
     temporary.replace(path / MANIFEST)
 
 
@@ -576,15 +576,20 @@ def manifest_base(manifest: Mapping[str, Any]) -> str:
     return f"{reference.partition('@')[0]}@{commit}" if commit else reference
 
 
+_TEXTS = ("name", "digest", "reference", "sketch_sha256")
+_CHOICES = ("gram_sha256", "directions_sha256")
+
+
 def _is_entry(entry: Any) -> bool:
+    # A few dictionary look-ups: a thousand entries are checked with every answer.
+    if not isinstance(entry, dict) or any(type(entry.get(key)) is not str for key in _TEXTS):
+        return False
+    gram, leading = (entry.get(key, False) for key in _CHOICES)
     return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
+        entry.get("kind") in {"adapter", "checkpoint"}
+        and (gram is None or type(gram) is str)
+        and (type(leading) is str if entry["kind"] == "checkpoint" else leading is None)
         and bool(_NAME.match(entry["name"]))
-        and entry.get("kind") in {"adapter", "checkpoint"}
-        and all(isinstance(entry.get(key), str) for key in ("digest", "reference", "sketch_sha256"))
-        and ("gram_sha256" in entry and isinstance(entry["gram_sha256"], str | None))
-        and isinstance(entry.get("directions_sha256"), str) == (entry["kind"] == "checkpoint")
     )
 
 
@@ -698,9 +703,12 @@ def likeness(path: Path, base: Base, names: Collection[str] | None = None) -> Li
 
 
 def _sketched_cosines(found: Sketches, rows: Sequence[int]) -> FloatArray:
+    from threadpoolctl import threadpool_limits
+
     lengths = np.sqrt(np.einsum("km,km->k", found.values, found.values, dtype=np.float64))
     lengths[lengths == 0.0] = np.inf  # an atom of vectors alone
-    products = (found.values[list(rows)] @ found.values.T).astype(np.float64)
+    with threadpool_limits(limits=1, user_api="blas"):  # sums of a threaded product depend on the number of cores
+        products = (found.values[list(rows)] @ found.values.T).astype(np.float64)
     cosines: FloatArray = products / np.outer(lengths[list(rows)], lengths)
     return cosines
 

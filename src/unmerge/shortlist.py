@@ -158,6 +158,8 @@ class _Large:
 
     def screen(self, target: TaskVector, rows: Mapping[str, int], base: Base, *, signed: bool) -> Screen:
         """Find the atoms that are worth a closer look."""
+        from threadpoolctl import threadpool_limits
+
         if not len(self.sketches.held):
             raise DictionaryError("no atom changes a matrix, so they cannot be told apart; give --exact")
         change, seen = self.sketches.target(target.deltas, rows)
@@ -166,7 +168,9 @@ class _Large:
             atoms, change, beside = atoms * seen, change * seen, beside * seen
         wanted = [place for place, item in enumerate(self.known) if isinstance(item, Atom)]
         problem = Sketched(atoms, change, beside, self.sketches.parts)
-        return screen(problem, RELATED, wanted=wanted, signed=signed)
+        # Threaded sums would depend on the number of cores, and threads that wait for small products cost time.
+        with threadpool_limits(limits=1, user_api="blas"):
+            return screen(problem, RELATED, wanted=wanted, signed=signed)
 
     def unopened(self, found: Screen, rows: Mapping[str, int]) -> tuple[Unopened, ...]:
         """Return what is known of the atoms that are not looked at closely."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from unmerge import float32
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.tensor import FileTensor, Tensor, values
@@ -130,10 +131,22 @@ def _look(name: str, delta: Delta, shape: tuple[int, int], known: float | None) 
     """Return the energy of a change of a tensor of this shape, and its values on the grid, scaled."""
     if not isinstance(delta, LowRank):
         return _energy(delta, shape) if known is None else known, on_grid(name, delta, shape)
-    left, right = delta.left(0, shape[0]) * delta.scale, delta.right()
-    energy = float(np.sum((left.T @ left) * (right @ right.T))) if known is None else known
+    left, right = _factors(delta, shape)
+    energy = known
+    if energy is None:
+        inner, outer = (left.T @ left).astype(np.float64), (right @ right.T).astype(np.float64)
+        energy = delta.scale**2 * float(np.sum(inner * outer))
     rows, columns = grid(name, shape)
-    return energy, left[rows] @ right[:, columns] * _scale(shape)
+    found = left[rows].astype(np.float64) @ right[:, columns].astype(np.float64)
+    return energy, found * (delta.scale * _scale(shape))
+
+
+def _factors(delta: LowRank, shape: tuple[int, int]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Return both factors without the scale; those of large tensors in float32, whose products are good to 1e-6."""
+    if not float32.applies([delta], shape[0] * shape[1]):
+        return delta.left(0, shape[0]), delta.right()
+    found = float32.Stack.read({0: delta}, 0, *shape)
+    return found.left, found.right
 
 
 def _energy(delta: Delta, shape: tuple[int, int]) -> float:
