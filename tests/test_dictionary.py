@@ -35,11 +35,11 @@ def test_attribution_with_a_dictionary_equals_attribution_with_its_atoms(shelf: 
 
 
 def test_adding_gives_the_gram_matrix_of_building_at_once(shelf: Shelf, tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole", shelf.paths("add", "full", "sub", "xml"), shelf.base)
+    assert build(tmp_path / "whole", shelf.paths("add", "full", "sub", "xml"), shelf.base)[1] == "full"
     build(tmp_path / "grown", shelf.paths("add", "full"), shelf.base)
     add(tmp_path / "grown", [shelf.path("sub")], shelf.base)
     add(tmp_path / "grown", [shelf.path("xml")], shelf.base)
-    grown = open_dictionary(tmp_path / "grown", open_base(shelf.base))
+    whole, grown = (open_dictionary(tmp_path / name, open_base(shelf.base)) for name in ("whole", "grown"))
     assert grown.names == whole.names
     assert grown.gram.keys() == whole.gram.keys()
     for name, gram in whole.gram.items():
@@ -98,31 +98,118 @@ def test_a_resharded_base_is_the_same_base(shelf: Shelf, tmp_path: Path) -> None
     assert verify(tmp_path / "d", str(copy)) == []
 
 
+class TestBeyondProducts:
+    """Atoms after the first ones have no inner products."""
+
+    @pytest.fixture(autouse=True)
+    def two_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dictionary, "PRODUCTS", 2)
+
+    def test_the_first_keep_theirs(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("full", "add", "sub", "xml"), shelf.base)
+        assert {path.stem for path in (tmp_path / "d" / "gram").iterdir()} == {"full", "add"}
+        opened = open_dictionary(tmp_path / "d", open_base(shelf.base))
+        assert (opened.names, [atom.name for atom in opened.beyond]) == (("full", "add"), ["sub", "xml"])
+        assert verify(tmp_path / "d") == []
+
+    def test_one_more_is_added_without_reading_the_others(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "sub", "json"), shelf.base)
+        manifest = read_manifest(tmp_path / "d")
+        for part in ("atoms", "gram", "sketch"):
+            shutil.rmtree(tmp_path / "d" / part)
+        assert add(tmp_path / "d", [shelf.path("xml"), shelf.path("full")], shelf.base) == ("xml", "full")
+        grown = read_manifest(tmp_path / "d")
+        assert grown["atoms"][:3] == manifest["atoms"]
+        kept = {str(path.relative_to(tmp_path / "d")) for path in (tmp_path / "d").rglob("*.safetensors")}
+        copy = "atoms/xml/adapter_model.safetensors"
+        assert kept == {copy, "sketch/xml.safetensors", "sketch/full.safetensors", "directions/full.safetensors"}
+
+    def test_the_answer_is_the_same(self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        names = ("full", "add", "sub", "json", "xml")
+        build(tmp_path / "two", shelf.paths(*names), shelf.base)
+        monkeypatch.setattr(dictionary, "PRODUCTS", len(names))
+        build(tmp_path / "all", shelf.paths(*names), shelf.base)
+        two, every = (
+            unmerge.attribute(shelf.path("merge"), [str(tmp_path / name)], base=shelf.base) for name in ("two", "all")
+        )
+        assert two.model_copy(update={"method": every.method}) == every
+
+    def test_a_gap_in_the_rows_is_damage(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "sub"), shelf.base)
+        manifest = read_manifest(tmp_path / "d")
+        manifest["atoms"][0]["gram_sha256"] = None
+        (tmp_path / "d" / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DictionaryError, match="damaged: an atom without inner products is before one with them"):
+            read_manifest(tmp_path / "d")
+
+    def test_what_is_no_fine_tune_is_refused(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "sub"), shelf.base)
+        weights = shelf.folder / "json" / "adapter_model.safetensors"
+        for value, message in ((0.0, "json: changes nothing: a zero adapter"), (np.nan, "json: has NaN or Inf")):
+            save_file({name: np.full_like(factor, value) for name, factor in load_file(weights).items()}, weights)
+            with pytest.raises(DictionaryError, match=message):
+                add(tmp_path / "d", [shelf.path("json")], shelf.base)
+            assert not (tmp_path / "d" / "atoms" / "json").exists()
+        assert verify(tmp_path / "d") == []
+
+
+class TestLikeness:
+    @pytest.mark.parametrize("products", [0, 2, 9])
+    def test_cosines_are_those_of_the_changes(
+        self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: int
+    ) -> None:
+        monkeypatch.setattr(dictionary, "PRODUCTS", products)
+        names = ("add", "full", "sub", "merge")
+        build(tmp_path / "d", shelf.paths(*names), shelf.base)
+        base = open_base(shelf.base)
+        vectors = [open_atom(shelf.path(name), base).vector for name in names]
+        tensors = sorted({tensor for vector in vectors for tensor in vector.deltas})
+        dense = np.array([
+            np.concatenate([
+                materialise(vector, tensor).ravel()
+                if tensor in vector.deltas
+                else np.zeros(np.prod(base.shapes[tensor]))
+                for tensor in tensors
+            ])
+            for vector in vectors
+        ])  # fmt: skip
+        norms = np.linalg.norm(dense, axis=1)
+        found = dictionary.likeness(tmp_path / "d", base)
+        exact = dense @ dense.T / np.outer(norms, norms)
+        np.testing.assert_allclose(found.norms, norms, rtol=1e-9)
+        np.testing.assert_allclose(found.cosines, exact, atol=0.05)
+        known = slice(0, products)
+        np.testing.assert_allclose(found.cosines[known, known], exact[known, known], rtol=1e-9, atol=1e-12)
+
+    def test_of_some_atoms(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "sub", "json"), shelf.base)
+        base = open_base(shelf.base)
+        every, some = dictionary.likeness(tmp_path / "d", base), dictionary.likeness(tmp_path / "d", base, ["json"])
+        assert some.shown == (2,)
+        np.testing.assert_array_equal(some.cosines, every.cosines[2:])
+
+
 class TestDirections:
     def test_a_full_checkpoint_keeps_its_leading_directions(self, shelf: Shelf, tmp_path: Path) -> None:
-        built = build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
-        opened = open_dictionary(tmp_path / "d", open_base(shelf.base))
-        for found in (built, opened):
-            full = found.atoms[1]
-            assert full.directions is not None
-            assert (full.directions.name, full.directions.digest) == ("full", full.vector.digest)
-            expected = directions(full.vector)
-            assert full.directions.deltas.keys() == expected.deltas.keys()
-            for name, delta in full.directions.deltas.items():
-                assert isinstance(delta, LowRank)
-                assert delta.rank == min(DIRECTIONS, *delta.shape)
-                # Kept in F32, and read when asked for, as every stored tensor.
-                assert isinstance(delta.left_factor, FileTensor)
-                assert delta.left_factor.dtype.name == "F32"
-                assert delta.left_factor.origin == tmp_path / "d" / "directions" / "full.safetensors"
-                np.testing.assert_array_equal(materialise(full.directions, name), materialise(expected, name))
+        build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
+        full = open_dictionary(tmp_path / "d", open_base(shelf.base)).atoms[1]
+        assert full.directions is not None
+        assert (full.directions.name, full.directions.digest) == ("full", full.vector.digest)
+        expected = directions(full.vector)
+        assert full.directions.deltas.keys() == expected.deltas.keys()
+        for name, delta in full.directions.deltas.items():
+            assert isinstance(delta, LowRank)
+            assert delta.rank == min(DIRECTIONS, *delta.shape)
+            # Kept in F32, and read when asked for, as every stored tensor.
+            assert isinstance(delta.left_factor, FileTensor)
+            assert delta.left_factor.dtype.name == "F32"
+            assert delta.left_factor.origin == tmp_path / "d" / "directions" / "full.safetensors"
+            np.testing.assert_array_equal(materialise(full.directions, name), materialise(expected, name))
 
     def test_an_adapter_serves_as_its_own(self, shelf: Shelf, tmp_path: Path) -> None:
-        for found in (
-            build(tmp_path / "d", shelf.paths("add"), shelf.base),
-            open_dictionary(tmp_path / "d", open_base(shelf.base)),
-        ):
-            assert found.atoms[0].directions is found.atoms[0].vector
+        build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        found = open_dictionary(tmp_path / "d", open_base(shelf.base))
+        assert found.atoms[0].directions is found.atoms[0].vector
         assert not (tmp_path / "d" / "directions").exists()
         assert read_manifest(tmp_path / "d")["atoms"][0]["directions_sha256"] is None
 
@@ -130,7 +217,8 @@ class TestDirections:
         weights = shelf.folder / "add" / "adapter_model.safetensors"
         head = (shelf.model["lm_head.weight"] + 0.1).astype(np.float32)
         save_file({**load_file(weights), "base_model.model.lm_head.weight": head}, weights)
-        assert build(tmp_path / "d", shelf.paths("add"), shelf.base).atoms[0].directions is None
+        build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        assert open_dictionary(tmp_path / "d", open_base(shelf.base)).atoms[0].directions is None
 
     def test_an_atom_outside_of_a_dictionary_has_none(self, shelf: Shelf) -> None:
         assert open_atom(shelf.path("full"), open_base(shelf.base)).directions is None
@@ -145,8 +233,8 @@ class TestDirections:
         monkeypatch.setattr(dictionary, "directions", watched)
         build(tmp_path / "d", shelf.paths("full"), shelf.base)
         before = everything(tmp_path / "d")
-        grown = add(tmp_path / "d", shelf.paths("add", "merge"), shelf.base)
-        open_dictionary(tmp_path / "d", open_base(shelf.base))
+        add(tmp_path / "d", shelf.paths("add", "merge"), shelf.base)
+        grown = open_dictionary(tmp_path / "d", open_base(shelf.base))
         assert asked == ["full", "merge"]
         assert all(atom.directions is not None for atom in grown.atoms)
         after = everything(tmp_path / "d")
@@ -207,6 +295,7 @@ class TestVerify:
         [
             ("atoms/add/adapter_model.safetensors", "add"),
             ("gram/add.safetensors", "add"),
+            ("sketch/add.safetensors", "add"),
             ("directions/full.safetensors", "full"),
         ],
     )
@@ -291,7 +380,7 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"schema": "unmerge/dictionary/99"}, "schema 'unmerge/dictionary/99'; this version reads"),
-            ({"schema": "unmerge/dictionary/1"}, "schema 'unmerge/dictionary/1'; .*/2; build it again$"),
+            ({"schema": "unmerge/dictionary/2"}, "schema 'unmerge/dictionary/2'; .*/3; build it again$"),
             ({"atoms": [{"name": "../../etc", "kind": "adapter"}]}, "damaged: one of its atoms"),
             ({"atoms": [{"name": "a", "kind": "pickle"}]}, "damaged: one of its atoms"),
             ({"base": {}}, "damaged: its base"),

@@ -59,7 +59,7 @@ class Screen:
     values : int
         Values that were compared.
     crowded : bool
-        Whether more atoms showed signs than were kept.
+        Whether more atoms showed signs than there was room for.
     """
 
     kept: tuple[int, ...]
@@ -144,7 +144,7 @@ def screen(problem: Sketched, related: float, *, wanted: Sequence[int] = (), sig
         seen.errors,
         seen.freedom,
         len(problem.target),
-        crowded=len(ranked) > len(kept),
+        crowded=len(ranked) > len(kept) or len(fit.chosen) >= MOST // 2,
     )
 
 
