@@ -333,7 +333,7 @@ class TestCrash:
     def test_a_stopped_build_leaves_nothing(
         self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def stop(*_: object) -> None:
+        def stop(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(dictionary, "_entry", stop)
@@ -347,7 +347,7 @@ class TestCrash:
     ) -> None:
         build(tmp_path / "d", shelf.paths("add"), shelf.base)
         with monkeypatch.context() as patch:
-            patch.setattr(dictionary, "_entry", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(dictionary, "_entry", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 add(tmp_path / "d", shelf.paths(atom), shelf.base)
         assert [entry["name"] for entry in read_manifest(tmp_path / "d")["atoms"]] == ["add"]

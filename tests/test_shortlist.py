@@ -78,7 +78,7 @@ def by_name(result: Attribution) -> dict[str, Component]:
     [
         ("mix", {"a03", "a40", "a60"}, {}),
         ("mix", {"a03", "a40", "a60"}, {"solver": "omp"}),
-        ("beside", {"a03", "a40"}, {}),
+        ("beside", {"a40"}, {}),  # and a03 or its version: which one, the stranger hides
         ("unknown", set(), {"solver": "omp"}),
         ("negative", {"a03", "a40"}, {"signed": True}),
     ],
@@ -96,13 +96,15 @@ def test_the_answer_is_that_of_all_atoms(
         one, other = found[name], expected[name]
         assert one.interval is not None
         assert other.interval is not None
-        width = other.interval[1] - other.interval[0]
-        assert one.weight == pytest.approx(other.weight, abs=0.1 * width)
-        assert one.interval == pytest.approx(other.interval, abs=0.25 * width)
+        # Beside a stranger, the test's noise is what all fitted atoms leave of it.
+        width = other.interval[1] - other.interval[0] if target == "beside" else 0.0
+        assert one.weight == pytest.approx(other.weight, abs=1e-9 + 0.25 * width)
+        assert one.interval == pytest.approx(other.interval, abs=1e-9 + 0.25 * width)
     # Where all atoms are fitted, those that are not there get a little of the rest each.
-    least = 0.02 if "stranger" in target or target in {"beside", "unknown"} else 0.005
+    least = 0.02 if target in {"beside", "unknown"} else 0.005
     for name, item in found.items():
         assert item.coefficient == pytest.approx(expected[name].coefficient, abs=least)
+        assert item.evidence.one_of_group == expected[name].evidence.one_of_group
         assert item.relative_norm == pytest.approx(expected[name].relative_norm, rel=1e-6)
     assert screened.unexplained.share == pytest.approx(full.unexplained.share, abs=1e-3)
 

@@ -87,7 +87,9 @@ def attribute(
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact", help="Read every tensor whole; by default, large ones that no atom changes are sampled."
+            "--exact",
+            help="Read every tensor whole and compare every atom; by default, large tensors that no atom changes are "
+            "sampled, and of large dictionaries only atoms that show in sketches are compared.",
         ),
     ] = False,
     float64: Annotated[
