@@ -1,6 +1,7 @@
 """Benchmarks: ``python -m benchmarks [NAME ...]``, by default all quick ones. Each prints ratios to a limit.
 
-What follows ``anytime``, ``evidence``, ``recipes`` or ``seven_b`` are its own arguments (``... seven_b --help``);
+What follows ``anytime``, ``evidence``, ``peers``, ``recipes``, ``scaling`` or ``seven_b`` are its own arguments
+(``... seven_b --help``);
 ``seed_search`` alone takes ``--full``.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import anytime, memory, merges, presence, resume, seed_search, seven_b, start_up
+from benchmarks import anytime, memory, merges, peers, presence, resume, scaling, seed_search, seven_b, start_up
 from benchmarks.evidence import command as evidence
 from benchmarks.recipes import command as recipes
 
@@ -19,7 +20,14 @@ QUICK = {
     "seed_search": seed_search.run,
     "start_up": start_up.run,
 }
-WITH_ARGUMENTS = {"anytime": anytime.run, "evidence": evidence.run, "recipes": recipes.run, "seven_b": seven_b.run}
+WITH_ARGUMENTS = {
+    "anytime": anytime.run,
+    "evidence": evidence.run,
+    "peers": peers.run,
+    "recipes": recipes.run,
+    "scaling": scaling.run,
+    "seven_b": seven_b.run,
+}
 BENCHMARKS = {**QUICK, "resume": resume.run, **WITH_ARGUMENTS}
 
 
