@@ -1,14 +1,26 @@
 """Benchmarks: ``python -m benchmarks [NAME ...]``, by default all quick ones. Each prints ratios to a limit.
 
-What follows ``anytime``, ``evidence``, ``large_dictionary``, ``recipes`` or ``seven_b`` are its own arguments
-(``... seven_b --help``); ``seed_search`` alone takes ``--full``.
+What follows ``anytime``, ``evidence``, ``large_dictionary``, ``peers``, ``recipes``, ``scaling`` or ``seven_b`` are its
+own arguments (``... seven_b --help``); ``seed_search`` alone takes ``--full``.
 """
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import anytime, large_dictionary, memory, merges, presence, resume, seed_search, seven_b, start_up
+from benchmarks import (
+    anytime,
+    large_dictionary,
+    memory,
+    merges,
+    peers,
+    presence,
+    resume,
+    scaling,
+    seed_search,
+    seven_b,
+    start_up,
+)
 from benchmarks.evidence import command as evidence
 from benchmarks.recipes import command as recipes
 
@@ -23,7 +35,9 @@ WITH_ARGUMENTS = {
     "anytime": anytime.run,
     "evidence": evidence.run,
     "large_dictionary": large_dictionary.run,
+    "peers": peers.run,
     "recipes": recipes.run,
+    "scaling": scaling.run,
     "seven_b": seven_b.run,
 }
 BENCHMARKS = {**QUICK, "resume": resume.run, **WITH_ARGUMENTS}

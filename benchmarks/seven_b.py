@@ -65,7 +65,7 @@ def run(arguments: list[str] | None = None) -> bool:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         write_models(folder, options.layers, whole=options.whole)
-        _build(folder, threads)
+        build_dictionary(folder, threads)
         times = [_measure(folder, threads, whole=options.whole) for _ in range(options.repeats)]
         startup, peak = _probe(folder)
     middle, spent = ({part: median(found[part][kind] for found in times) for part in times[0]} for kind in (0, 1))
@@ -176,25 +176,25 @@ class _Pool:
         return np.resize(np.roll(self.bits, -place), count)
 
 
-def write_models(folder: Path, layers: int, *, whole: bool) -> None:
-    """Write the base, the adapters and their merge."""
+def write_models(folder: Path, layers: int, *, whole: bool, atoms: int = ATOMS, rank: int = RANK) -> None:
+    """Write the base, the adapters and the merge of the first `PRESENT` of them."""
     generator = np.random.default_rng(0)
     pool = _Pool.draw(generator)
-    adapters: list[dict[str, NDArray[np.float32]]] = [{} for _ in range(ATOMS)]
+    adapters: list[dict[str, NDArray[np.float32]]] = [{} for _ in range(atoms)]
     for layer in range(layers):
         shards = {"base": {}, "merge": {}}  # type: dict[str, dict[str, Bits]]
         for name, shape in _shapes(layer, layers, whole=whole):
             bits = pool.take(shape[0] * shape[1], int(generator.integers(1 << 24))).reshape(shape)
             change = np.zeros(0, np.float32)
             if name.rsplit(".", 2)[1] in ATTENTION:
-                change = _adapt(generator, adapters, name, shape)
+                change = _adapt(generator, adapters, name, shape, rank)
             shards["base"][name] = bits
             shards["merge"][name] = _merged(bits, change) if change.size else bits ^ np.uint16(1)
         for model, tensors in shards.items():
             _write_file(folder / model / f"layer{layer:02d}.safetensors", tensors, "BF16")
     for model in ("base", "merge"):
         (folder / model / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(ATTENTION)}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(ATTENTION)}
     for number, tensors in enumerate(adapters):
         _write_file(folder / f"atom{number}" / "adapter_model.safetensors", tensors, "F32")
         (folder / f"atom{number}" / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -211,14 +211,18 @@ def _shapes(layer: int, layers: int, *, whole: bool) -> Iterator[tuple[str, tupl
 
 
 def _adapt(
-    generator: np.random.Generator, adapters: list[dict[str, NDArray[np.float32]]], name: str, shape: tuple[int, int]
+    generator: np.random.Generator,
+    adapters: list[dict[str, NDArray[np.float32]]],
+    name: str,
+    shape: tuple[int, int],
+    rank: int,
 ) -> NDArray[np.float32]:
     """Draw all adapters' factors of one tensor, and return what a merge of the present ones adds to it."""
     change = np.zeros(shape, np.float32)
     module = f"base_model.model.{name.removesuffix('.weight')}"
     for number, tensors in enumerate(adapters):
-        left = np.float32(0.012) * generator.standard_normal((shape[0], RANK), dtype=np.float32)
-        right = np.float32(0.012) * generator.standard_normal((RANK, shape[1]), dtype=np.float32)
+        left = np.float32(0.012) * generator.standard_normal((shape[0], rank), dtype=np.float32)
+        right = np.float32(0.012) * generator.standard_normal((rank, shape[1]), dtype=np.float32)
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = right, left
         if number < PRESENT:
             change += left @ right / np.float32(PRESENT)
@@ -244,6 +248,7 @@ def _write_file(file: Path, tensors: Mapping[str, NDArray[np.generic]], dtype: s
             array.tofile(stream)
 
 
-def _build(folder: Path, threads: int) -> None:
-    atoms = [str(folder / f"atom{number}") for number in range(ATOMS)]
-    dictionary.build(folder / "known", atoms, str(folder / "base"), workers=threads)
+def build_dictionary(folder: Path, threads: int, atoms: int = ATOMS) -> None:
+    """Build the dictionary ``known`` of adapters that `write_models` wrote."""
+    paths = [str(folder / f"atom{number}") for number in range(atoms)]
+    dictionary.build(folder / "known", paths, str(folder / "base"), workers=threads)

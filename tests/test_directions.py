@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Shelf
-from unmerge import task_vector
+from unmerge import float32, task_vector
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.compress import materialise
 from unmerge.dictionary import open_atom, open_base
 from unmerge.directions import DIRECTIONS, SMALLEST, directions, is_low_rank, leading
 from unmerge.errors import TargetError
 from unmerge.task_vector import Delta, LowRank, TaskVector
+from unmerge.testing import quantise, write_checkpoint
 
 
 @dataclass
@@ -250,3 +251,32 @@ def test_a_rank_that_is_none_is_refused(rank: int) -> None:
 def test_factors_say_that_no_file_holds_them() -> None:
     found = find(np.ones((3, 3)), 1)
     assert found.left_factor.origin == Path("(computed)")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_large_tensors_have_the_directions_of_a_dense_svd(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float32, "LEAST_ELEMENTS", 1000)
+    monkeypatch.setattr(float32, "BLOCK_ELEMENTS", 3_000)
+    rng = np.random.default_rng(8)
+    model = {"model.layers.0.mlp.up_proj.weight": quantise(0.02 * rng.standard_normal((200, 96)), dtype)}
+    tuned = {
+        name: quantise(value + matrix(9, 200, 96, 0.1 * 0.5 ** np.arange(6)), dtype) for name, value in model.items()
+    }
+    for folder, tensors in (("base", model), ("tuned", tuned)):
+        write_checkpoint(tmp_path / folder, tensors, dtype)
+    name, change = next((name, tuned[name] - model[name]) for name in model)
+    base = open_base(str(tmp_path / "base"))
+    delta = open_atom(str(tmp_path / "tuned"), base).vector.deltas[name]
+    found = leading(delta, 6, np.random.default_rng(0))
+    assert found is not None
+    u, s, wt = np.linalg.svd(change, full_matrices=False)
+    _, ours, _ = parts(found)
+    np.testing.assert_allclose(ours, s[:6], rtol=1e-4)
+    kept = u[:, :6] * s[:6] @ wt[:6]
+    assert np.linalg.norm(product(found) - kept) < 1e-2 * np.linalg.norm(kept)
+    monkeypatch.setattr(float32, "LEAST_ELEMENTS", 1 << 20)
+    exact = leading(delta, 6, np.random.default_rng(0))
+    assert exact is not None
+    np.testing.assert_allclose(product(found), product(exact), rtol=0, atol=1e-5 * np.abs(product(exact)).max())

@@ -21,6 +21,7 @@ from unmerge import float32
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.errors import TargetError
 from unmerge.task_vector import BLOCK_ELEMENTS, Delta, Difference, LowRank, TaskVector, blocks
+from unmerge.torch_blocks import TorchKernel
 
 UNIT_BLOCKS = 32
 """Blocks that one unit of work holds at most."""
@@ -138,6 +139,8 @@ class Plan:
         Bytes of the contacts, which stay.
     float64 : bool
         Whether large tensors are computed in float64 too.
+    device : str or None
+        The device of torch that large tensors are computed on; None is without torch.
     """
 
     units: tuple[Unit, ...]
@@ -147,6 +150,7 @@ class Plan:
     workers: int
     kept_memory: int = 0
     float64: bool = False
+    device: str | None = None
 
     @property
     def memory(self) -> int:
@@ -167,6 +171,7 @@ def plan(
     contacts: Collection[str] = (),
     workers: int = 1,
     float64: bool = False,
+    device: str | None = None,
 ) -> Plan:
     """Cut tensors into units of work.
 
@@ -184,6 +189,8 @@ def plan(
         How many units run at once, for the memory bound.
     float64 : bool
         Compute large tensors in float64 too, not in float32.
+    device : str, optional
+        Compute large tensors on this device of torch; see `torch_blocks.check_device`.
     """
     sampled: set[str] = set()
     units: list[Unit] = []
@@ -199,7 +206,7 @@ def plan(
     unit_memory = max((_unit_memory(unit, 0 if float64 else sizes[unit.name], vectors) for unit in units), default=0)
     met = {name: shapes[name] for name in contacts if name in shapes}
     kept = sum(_contact_memory(name, shape, vectors) for name, shape in met.items()) + _evidence_memory(met, vectors)
-    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers, kept, float64)
+    return Plan(tuple(units), sizes, frozenset(sampled), unit_memory, workers, kept, float64, device)
 
 
 def plan_units(units: Sequence[Unit], vectors: Sequence[TaskVector], *, workers: int = 1) -> Plan:
@@ -318,7 +325,9 @@ def accumulate(
         parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator", batch_size=1)
         kept = {name: lines(name, shape) for name, shape in (contacts or {}).items()}
         results = parallel(
-            delayed(unit_products)(unit, new, known, kept.get(unit.name), 0 if work.float64 else work.sizes[unit.name])
+            delayed(unit_products)(
+                unit, new, known, kept.get(unit.name), 0 if work.float64 else work.sizes[unit.name], work.device
+            )
             for unit in work.units
         )
         for unit, result in zip(work.units, results, strict=True):
@@ -334,17 +343,19 @@ def unit_products(
     known: Sequence[TaskVector],
     kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None = None,
     elements: int = 0,
+    device: str | None = None,
 ) -> Products:
     """Compute the inner products of one unit, and the last new one's contact if `kept` names lines of it.
 
-    Large tensors, of so many `elements`, are computed in float32 where their types allow it; see `float32`.
+    Large tensors, of so many `elements`, are computed in float32 where their types allow it; see `float32`, and
+    `torch_blocks` for a `device`.
     """
     vectors = (*new, *known)
     deltas = [vector.deltas.get(unit.name) for vector in vectors]
     present = [delta for delta in deltas if delta is not None]
     meets_low_rank = kept is not None and isinstance(deltas[len(new) - 1], LowRank)
     if float32.applies(present, elements) and not meets_low_rank:
-        return _float32_products(unit, new, known, kept)
+        return _float32_products(unit, new, known, kept, TorchKernel(device) if device else float32)
     # Low-rank operands in the order of digests: the same bits in whatever order they were given.
     low = {i: _Factors.read(delta, unit) for i, delta in enumerate(deltas) if isinstance(delta, LowRank)}
     low = dict(sorted(low.items(), key=lambda item: vectors[item[0]].digest))
@@ -374,6 +385,7 @@ def _float32_products(
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
     kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None,
+    kernel: float32.Kernel,
 ) -> Products:
     """Compute what `unit_products` does, the dense changes in float32."""
     vectors = (*new, *known)
@@ -391,13 +403,13 @@ def _float32_products(
         stack = float32.Stack.read(low, unit.start, unit.stop, unit.columns) if low else None
         ranks = tuple((vectors[i].digest, delta.rank) for i, delta in low.items())
         pairs = [(i, j) for i in dense for j in dense if j <= i and sums.wanted(i, j)]
-        for block in float32.blocks(dense, unit.start, unit.stop, unit.columns, pairs):
+        for block in kernel.blocks(dense, unit.start, unit.stop, unit.columns, pairs):
             sums.add_block(block)
             for i in dense:
                 if stack is None or not any(sums.wanted(i, j) for j in low):
                     continue
                 with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told below
-                    met = float32.meet(block, i, stack, unit.start)
+                    met = kernel.meet(block, i, stack, unit.start)
                     sums.add_met(i, met)
                     if kept is not None and i == len(new) - 1:
                         part = _float32_contact(met, ranks, kept)
@@ -410,16 +422,17 @@ def _float32_contact(
     met: float32.Meeting, ranks: tuple[tuple[str, int], ...], kept: tuple[NDArray[np.intp], NDArray[np.intp]]
 ) -> Contact:
     rows, columns = kept
-    inside = rows[(rows >= met.start) & (rows < met.start + len(met.values))]
+    inside = rows[(rows >= met.start) & (rows < met.start + len(met.left))]
     taken = inside - met.start
+    values = met.columns(columns)
     return Contact(
         ranks,
         inside,
         columns,
         met.cores(),
         met.projected[taken],
-        (met.left.T @ met.values.take(columns, axis=1)) * met.stack.scales[:, np.newaxis],
-        met.values[np.ix_(taken, columns)],
+        (met.left.T @ values) * met.stack.scales[:, np.newaxis],
+        values[taken],
     )
 
 

@@ -25,6 +25,7 @@ from unmerge.shortlist import Shelf
 from unmerge.solvers import SOLVERS, Nnls, Solver
 from unmerge.summary import model_reference, summarise
 from unmerge.task_vector import TaskVector, checkpoint_deltas
+from unmerge.torch_blocks import check_device
 
 REMOTE_MATRICES = 4
 """Matrices of a remote model that are looked at to see whether it is of the base: eight requests each."""
@@ -43,6 +44,7 @@ def attribute(
     signed: bool = False,
     exact: bool = False,
     float64: bool = False,
+    device: str | None = None,
     precision: float | None = None,
     budget: str | None = None,
     top_k: int | None = None,
@@ -73,6 +75,8 @@ def attribute(
         changes are sampled, of large dictionaries only the atoms that show in sketches are opened, and both is said.
     float64 : bool
         Compute large tensors in float64 too; by default their one large GEMM is in float32.
+    device : str, optional
+        Compute large tensors by torch on ``cuda``, ``cuda:1``, ``mps`` or ``cpu``; equal to 1e-8 of the norms.
     precision : float, optional
         Read blocks of rows at random, only until every coefficient's 95 % interval is at most this wide to either
         side; presence is then not tested. For the ``nnls`` solver.
@@ -106,10 +110,13 @@ def attribute(
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
     chosen = _solver(solver, signed=signed)
+    sampled = precision is not None or budget is not None
+    if device is not None:
+        _refuse_with_device(float64=float64, sampled=sampled, top_k=top_k)
+        check_device(device)
     if extract_to is not None and Path(extract_to).exists():
         raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
     origin = open_base(str(base), allow_pickle=allow_pickle)
-    sampled = precision is not None or budget is not None
     whole = exact or sampled or top_k is not None
     shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, allow_pickle=allow_pickle)
     remote = open_remote_target(str(target), origin) if sampled else None
@@ -122,14 +129,16 @@ def attribute(
     if sampled:
         _refuse_with_sample(chosen, exact=exact, top_k=top_k, extract_to=extract_to)
     others = nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle)
+    if device is not None:
+        others = (*others, f"large tensors were computed by torch on {device}: equal to 1e-8, not to the bit")
     if sampled:
         from unmerge.anytime import limits
 
         every, bounds = (*dictionary.atoms, *extra), limits(precision, budget)
         return _sampled(goal, every, origin, chosen, bounds, others, threads, start)
     result, vector, regression = explain(
-        goal, dictionary, extra, origin, chosen, unopened=known.unopened, exact=exact, float64=float64, top_k=top_k,
-        notices=(*known.notices, *others), workers=threads, start=start,
+        goal, dictionary, extra, origin, chosen, unopened=known.unopened, exact=exact, float64=float64, device=device,
+        top_k=top_k, notices=(*known.notices, *others), workers=threads, start=start,
     )  # fmt: skip
     if extract_to is not None:
         _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
@@ -146,6 +155,7 @@ def explain(
     unopened: Sequence[Unopened] = (),
     exact: bool = False,
     float64: bool = False,
+    device: str | None = None,
     top_k: int | None = None,
     refined: bool = True,
     notices: Sequence[str] = (),
@@ -185,6 +195,7 @@ def explain(
             top_k=top_k,
             contacts=top_k is None,
             float64=float64,
+            device=device,
             workers=workers,
             start=start,
         )
@@ -210,6 +221,13 @@ def explain(
             workers=workers,
         )
     return result, vector, regression
+
+
+def _refuse_with_device(*, float64: bool, sampled: bool, top_k: int | None) -> None:
+    given = {"--float64": float64, "--precision and --budget": sampled, "--top-k": top_k is not None}
+    for name, present in given.items():
+        if present:
+            raise UnmergeError(f"--device computes large tensors whole, in float32; leave it out, or {name}")
 
 
 def _refuse_with_sample(solver: Solver, *, exact: bool, top_k: int | None, extract_to: str | Path | None) -> None:

@@ -96,6 +96,10 @@ def attribute(
         bool,
         typer.Option("--float64", help="Compute large tensors in float64 throughout: equal to 1e-9, not 1e-8; slower."),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Compute large tensors by torch (extra) on cuda, cuda:1, mps or cpu."),
+    ] = None,
     precision: Annotated[
         float | None,
         typer.Option(
@@ -139,7 +143,7 @@ def attribute(
     with progress_bar(Console(stderr=True), enabled=not quiet) as start:
         result = unmerge.attribute(
             target, atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64,
-            precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_base or (),
+            device=device, precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_base or (),
             extract_to=extract, extract_rank=rank, allow_pickle=allow_pickle, workers=workers, start=start,
         )  # fmt: skip
     if json:

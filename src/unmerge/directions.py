@@ -2,19 +2,24 @@
 
 A full fine-tune's change of one tensor has the size of the tensor. Its leading directions are small enough to keep,
 and have the form of a LoRA adapter's change. They are found by passes over blocks of rows: what is held in memory is
-one block, and sketches of a few vectors as long as the rows and the columns.
+one block, and sketches of a few vectors as long as the rows and the columns. Blocks of large tensors are multiplied in
+float32 (see `float32`) and added up in float64: what that rounds away is far below what storage rounded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from unmerge import float32
 from unmerge.checkpoint.dtypes import DTYPES, FloatArray
 from unmerge.checkpoint.tensor import ArrayTensor
 from unmerge.errors import TargetError
-from unmerge.task_vector import Delta, LowRank, TaskVector, blocks
+from unmerge.task_vector import Delta, Difference, LowRank, TaskVector, blocks
 
 DIRECTIONS = 32
 """Leading directions that are kept of each tensor, at most."""
@@ -145,27 +150,37 @@ def _row_sketch(delta: Delta, rank: int, generator: np.random.Generator) -> Floa
 
 def _gram_times(delta: Delta, basis: FloatArray) -> FloatArray:
     # M'M at once saves a pass. It squares singular values, but what SMALLEST keeps stays above float64's rounding.
-    rows, columns = delta.shape
     product = np.zeros(basis.shape)
     with np.errstate(invalid="ignore", over="ignore"):  # who reads the product says what is wrong
-        for start, stop in blocks(0, rows, columns):
-            block, _ = delta.block(start, stop)
+        for _, block in _blocks(delta):
             if block.any():  # most tensors of most fine-tunes are the base's
-                product += block.T @ (block @ basis)
+                product += block.T @ (block @ basis.astype(block.dtype))
     return product
 
 
 def _times(delta: Delta, basis: FloatArray) -> FloatArray:
-    rows, columns = delta.shape
-    return np.concatenate([delta.block(start, stop)[0] @ basis for start, stop in blocks(0, rows, columns)])
+    product = np.empty((delta.shape[0], basis.shape[1]))
+    for start, block in _blocks(delta):
+        product[start : start + len(block)] = block @ basis.astype(block.dtype)
+    return product
 
 
 def _transposed_times(delta: Delta, basis: FloatArray) -> FloatArray:
-    rows, columns = delta.shape
-    product = np.zeros((columns, basis.shape[1]))
-    for start, stop in blocks(0, rows, columns):
-        product += delta.block(start, stop)[0].T @ basis[start:stop]
+    product = np.zeros((delta.shape[1], basis.shape[1]))
+    for start, block in _blocks(delta):
+        product += block.T @ basis[start : start + len(block)].astype(block.dtype)
     return product
+
+
+def _blocks(delta: Delta) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield the first row and the values of each block, written over later; large stored changes are in float32."""
+    rows, columns = delta.shape
+    if isinstance(delta, Difference) and float32.applies([delta], rows * columns):
+        for block in float32.blocks({0: delta}, 0, rows, columns, []):
+            yield block.start, block.values[0]
+    else:
+        for start, stop in blocks(0, rows, columns):
+            yield start, delta.block(start, stop)[0]
 
 
 def _signs(right: FloatArray) -> FloatArray:

@@ -8,8 +8,9 @@ equal to those in float64 within 1e-8 of the norms that bound them. Small tensor
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,25 @@ class Block:
     rounding: Mapping[int, float]
 
 
+class Kernel(Protocol):
+    """What subtracts and multiplies blocks: this module, or `torch_blocks.TorchKernel`."""
+
+    def blocks(
+        self,
+        changes: Mapping[int, Difference],
+        start: int,
+        stop: int,
+        columns: int,
+        pairs: Sequence[tuple[int, int]],
+    ) -> Iterator[Block]:
+        """Yield the changes in rows `start` to `stop`, a block at a time."""
+        ...
+
+    def meet(self, block: Block, change: int, stack: Stack, first: int) -> Meeting:
+        """Project a block of one change on the right factors of a stack whose first row is `first`."""
+        ...
+
+
 def blocks(
     changes: Mapping[int, Difference], start: int, stop: int, columns: int, pairs: Sequence[tuple[int, int]]
 ) -> Iterator[Block]:
@@ -82,21 +102,27 @@ def blocks(
     pairs : sequence of (int, int)
         The changes whose inner products are wanted; the first is not before the second.
     """
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    ranges = [(first, min(stop, first + step)) for first in range(start, stop, step)]
-    values = {i: np.empty((min(step, stop - start), columns), np.float32) for i in changes}
+    values = {i: np.empty((min(_step(columns), stop - start), columns), np.float32) for i in changes}
     scratch = np.empty((2, CHUNK), np.float32)
-    for (first, last), stored in _read_ahead(changes, ranges, columns):
+    for first, last, stored in read_blocks(changes, start, stop, columns):
         rows = {i: array[: last - first] for i, array in values.items()}
         yield _subtract(changes, first, stored, rows, pairs, scratch)
 
 
-def _read_ahead(
-    changes: Mapping[int, Difference], ranges: Sequence[tuple[int, int]], columns: int
-) -> Iterator[tuple[tuple[int, int], dict[int, RawArray]]]:
-    """Yield ranges of rows with the stored bits in them of each tensor, by its id; reads one range ahead."""
+def _step(columns: int) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, columns))
+
+
+def read_blocks(
+    changes: Mapping[int, Difference], start: int, stop: int, columns: int
+) -> Iterator[tuple[int, int, dict[int, RawArray]]]:
+    """Yield ranges of rows, with the stored bits in them of each tensor, flat, by its id; reads one range ahead.
+
+    The bits are written over when the range after the next one is asked for.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
+    ranges = [(first, min(stop, first + _step(columns))) for first in range(start, stop, _step(columns))]
     tensors = {id(tensor): tensor for delta in changes.values() for tensor in (delta.tuned, delta.base)}
     most = max(stop - start for start, stop in ranges) * columns
     slots = [{key: np.empty(most, tensor.dtype.raw) for key, tensor in tensors.items()} for _ in range(SLOTS)]
@@ -111,7 +137,7 @@ def _read_ahead(
             stored = pending.result()
             if number + 1 < len(ranges):
                 pending = reader.submit(read, number + 1)
-            yield rows, stored
+            yield *rows, stored
 
 
 def _read(tensor: Tensor, start: int, stop: int, out: RawArray) -> RawArray:
@@ -223,17 +249,17 @@ class Meeting:
     stack : Stack
     left : array of float32, shape (rows, r)
         Its left factors in these rows.
-    values : array of float32, shape (rows, columns)
-        V.
     projected : array of float32, shape (rows, r)
         V R'.
+    columns : callable
+        Returns V in some columns, as float32.
     """
 
     start: int
     stack: Stack
     left: FloatArray32
-    values: FloatArray32
     projected: FloatArray32
+    columns: Callable[[NDArray[np.intp]], FloatArray32]
 
     def products(self) -> dict[int, float]:
         """Return the inner product of V with each change: <L_j R_j, V> = <L_j, V R_j'>."""
@@ -254,7 +280,7 @@ def meet(block: Block, change: int, stack: Stack, first: int) -> Meeting:
     """Project a block of one change on the right factors of a stack whose first row is `first`: the one large GEMM."""
     values = block.values[change]
     left = stack.left[block.start - first : block.start - first + len(values)]
-    return Meeting(block.start, stack, left, values, values @ stack.right.T)
+    return Meeting(block.start, stack, left, values @ stack.right.T, lambda columns: values.take(columns, axis=1))
 
 
 def _widen(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:

@@ -139,6 +139,7 @@ def regress(
     top_k: int | None = None,
     contacts: bool = False,
     float64: bool = False,
+    device: str | None = None,
     workers: int = 1,
     start: Start | None = None,
 ) -> Regression:
@@ -162,6 +163,8 @@ def regress(
         Keep what evidence of presence needs; not with `top_k`.
     float64 : bool
         Compute large tensors in float64 too, not in float32.
+    device : str, optional
+        Compute large tensors on this device of torch; see `torch_blocks.check_device`.
 
     Raises
     ------
@@ -178,7 +181,7 @@ def regress(
     shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
     shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
     low_rank = tuple(_low_rank(atom) for atom in atoms) if contacts else ()
-    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers, float64)
+    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers, float64, device)
     grams, energies, met, work = pass_.run(shapes, touched, base, exact=exact, start=start)
     tensors = tuple(
         _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
@@ -200,6 +203,7 @@ class _Pass:
     directions: Sequence[TaskVector]
     workers: int
     float64: bool
+    device: str | None
 
     def run(
         self,
@@ -228,6 +232,7 @@ class _Pass:
             contacts=wanted,
             workers=self.workers,
             float64=self.float64,
+            device=self.device,
         )
         redo = plan(
             {name: shapes[name] for name in cut},
@@ -235,6 +240,7 @@ class _Pass:
             contacts=wanted,
             workers=self.workers,
             float64=self.float64,
+            device=self.device,
         )
         both = Plan(
             work.units + redo.units,
@@ -244,6 +250,7 @@ class _Pass:
             self.workers,
             work.kept_memory + redo.kept_memory,
             self.float64,
+            self.device,
         )
         advance = start(both) if start else None
         everything = [*known, *new]

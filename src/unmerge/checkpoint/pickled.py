@@ -1,4 +1,4 @@
-"""PyTorch ``.bin`` files, for those who opt in. The only module of the core that imports torch."""
+"""PyTorch ``.bin`` files, for those who opt in. With `torch_blocks`, all of the core that imports torch."""
 
 from __future__ import annotations
 
