@@ -22,6 +22,7 @@ ROOMS = [
     {"fused"},
     {"float32"},
     {"accumulate"},
+    {"journal", "cluster"},
     {"statistics"},
     {"compress"},
     {"dictionary"},

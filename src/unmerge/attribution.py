@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unmerge.accumulate import State
 from unmerge.alignment import align
 from unmerge.base_share import BaseShare, base_share, nearer_bases, without_base
 from unmerge.checkpoint.dtypes import FloatArray
@@ -30,6 +31,7 @@ from unmerge.dictionary import (
 from unmerge.errors import DictionaryError, UnmergeError
 from unmerge.extraction import extract
 from unmerge.fingerprint import check_same_base, remote_digest
+from unmerge.journal import StateFolder
 from unmerge.regression import Regression, regress
 from unmerge.result import Attribution, BaseCoefficient, ModelReference
 from unmerge.solvers import SOLVERS, Nnls, Solver
@@ -62,6 +64,7 @@ def attribute(
     extract_rank: int | None = None,
     allow_pickle: bool = False,
     workers: int | None = None,
+    state: str | Path | None = None,
     start: Start | None = None,
 ) -> Attribution:
     """Say which known fine-tunes are inside a merged model, and with what coefficients.
@@ -101,6 +104,8 @@ def attribute(
         Allow ``.bin`` weights, read by torch with ``weights_only=True``.
     workers : int, optional
         Threads; all cores by default. The result does not depend on it.
+    state : str or Path, optional
+        A folder that keeps what was accumulated until the run is done: one that was stopped goes on from it.
     start : callable, optional
         Told the plan before the pass starts; returns what is called as parameters are read.
 
@@ -114,32 +119,138 @@ def attribute(
     UnmergeError
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
-    chosen = _solver(solver, signed=signed)
+    question = open_question(
+        atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64, precision=precision,
+        budget=budget, top_k=top_k, decoys=decoys, other_bases=other_bases, allow_pickle=allow_pickle, workers=workers,
+    )  # fmt: skip
     if extract_to is not None and Path(extract_to).exists():
         raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
-    origin = open_base(str(base), allow_pickle=allow_pickle)
-    dictionary, extra = open_atoms([str(atom) for atom in atoms], origin, allow_pickle=allow_pickle)
-    sampled = precision is not None or budget is not None
-    remote = open_remote_target(str(target), origin) if sampled else None
-    goal = remote or open_target(str(target), origin, allow_pickle=allow_pickle)
-    if decoys:
-        extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
-    threads = workers or os.cpu_count() or 1
-    if sampled:
-        _refuse_with_sample(chosen, exact=exact, top_k=top_k, extract_to=extract_to)
-    others = nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle)
-    if sampled:
+    question.refuse(extract=extract_to is not None, state=state is not None)
+    goal = question.open_target(str(target))
+    folder = StateFolder(Path(state)) if state is not None else None
+    result, vector, regression = question.explain(goal, state=folder, start=start)
+    if extract_to is not None and regression is not None:
+        _extract(result, vector, regression, question.base, Path(extract_to), extract_rank, question.workers)
+    if folder is not None:
+        folder.clear()
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """What targets are to be explained by, and how; opened once for many targets.
+
+    Attributes
+    ----------
+    base : Base
+    dictionary : Dictionary
+        Atoms whose inner products are known.
+    extra : tuple of Atom
+        Further ones, decoys among them.
+    solver : Solver
+    exact, float64, top_k, other_bases, allow_pickle, workers
+        As `attribute` takes them.
+    bounds : Limits or None
+        Of the sample, if one is to be read.
+    """
+
+    base: Base
+    dictionary: Dictionary
+    extra: tuple[Atom, ...]
+    solver: Solver
+    exact: bool
+    float64: bool
+    bounds: Limits | None
+    top_k: int | None
+    other_bases: tuple[str, ...]
+    allow_pickle: bool
+    workers: int
+
+    def refuse(self, *, extract: bool, state: bool) -> None:
+        """Refuse options that do not go together.
+
+        Raises
+        ------
+        UnmergeError
+            If two of them do not.
+        """
+        if self.bounds is not None:
+            given = {"--exact": self.exact, "--top-k": self.top_k is not None, "--extract": extract}
+            for name in (name for name, is_given in given.items() if is_given):
+                raise UnmergeError(f"{name} reads what --precision and --budget leave out; give one or the other")
+            if not isinstance(self.solver, Nnls):
+                raise UnmergeError(f"--precision and --budget work with the nnls solver, not with {self.solver.name}")
+        if state and (self.bounds is not None or self.top_k is not None):
+            raise UnmergeError("--state keeps sums over all parameters; leave out --precision, --budget and --top-k")
+
+    def open_target(self, reference: str) -> Target:
+        """Find a target; if a sample of it is enough, a model on the Hub is not downloaded.
+
+        Raises
+        ------
+        UnmergeError
+            If it cannot be found or read, or is not of the base's architecture.
+        """
+        remote = open_remote_target(reference, self.base) if self.bounds is not None else None
+        return remote or open_target(reference, self.base, allow_pickle=self.allow_pickle)
+
+    def explain(
+        self, goal: Target, *, state: State | None = None, start: Start | None = None
+    ) -> tuple[Attribution, TaskVector, Regression | None]:
+        """Explain one target; the task vector is without what it holds of the base, and a sample has no regression.
+
+        Raises
+        ------
+        UnmergeError
+            If it cannot be explained.
+        """
+        others = nearer_bases(goal.vector, self.base, self.other_bases, allow_pickle=self.allow_pickle)
+        if self.bounds is not None:
+            every = (*self.dictionary.atoms, *self.extra)
+            result = _sampled(goal, every, self.base, self.solver, self.bounds, others, self.workers, start)
+            return result, goal.vector, None
+        return explain(
+            goal, self.dictionary, self.extra, self.base, self.solver, exact=self.exact, float64=self.float64,
+            top_k=self.top_k, notices=others, workers=self.workers, state=state, start=start,
+        )  # fmt: skip
+
+
+def open_question(
+    atoms: Sequence[str | Path],
+    *,
+    base: str | Path,
+    solver: str = "nnls",
+    signed: bool = False,
+    exact: bool = False,
+    float64: bool = False,
+    precision: float | None = None,
+    budget: str | None = None,
+    top_k: int | None = None,
+    decoys: int = 0,
+    other_bases: Sequence[str | Path] = (),
+    allow_pickle: bool = False,
+    workers: int | None = None,
+) -> Question:
+    """Open the base and the atoms that targets are to be explained by; the options are those of `attribute`.
+
+    Raises
+    ------
+    UnmergeError
+        If one of them cannot be used.
+    """
+    chosen = _solver(solver, signed=signed)
+    bounds: Limits | None = None
+    if precision is not None or budget is not None:
         from unmerge.anytime import limits
 
-        every, bounds = (*dictionary.atoms, *extra), limits(precision, budget)
-        return _sampled(goal, every, origin, chosen, bounds, others, threads, start)
-    result, vector, regression = explain(
-        goal, dictionary, extra, origin, chosen, exact=exact, float64=float64, top_k=top_k, notices=others,
-        workers=threads, start=start,
-    )  # fmt: skip
-    if extract_to is not None:
-        _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
-    return result
+        bounds = limits(precision, budget)
+    origin = open_base(str(base), allow_pickle=allow_pickle)
+    dictionary, extra = open_atoms([str(atom) for atom in atoms], origin, allow_pickle=allow_pickle)
+    if decoys:
+        extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
+    others = tuple(str(other) for other in other_bases)
+    threads = workers or os.cpu_count() or 1
+    return Question(origin, dictionary, extra, chosen, exact, float64, bounds, top_k, others, allow_pickle, threads)
 
 
 def explain(
@@ -155,6 +266,7 @@ def explain(
     refined: bool = True,
     notices: Sequence[str] = (),
     workers: int = 1,
+    state: State | None = None,
     start: Start | None = None,
 ) -> tuple[Attribution, TaskVector, Regression]:
     """Attribute a target that was opened, to atoms that were opened; see `attribute`.
@@ -166,6 +278,8 @@ def explain(
         test's own, which costs a fraction and says as well who is present.
     notices : sequence of str
         Further things to tell the user.
+    state : State, optional
+        Where finished units are kept.
 
     Returns
     -------
@@ -190,6 +304,7 @@ def explain(
             float64=float64,
             workers=workers,
             start=start,
+            state=state,
         )
 
     # Threaded sums would depend on the number of cores, and threads that wait for small products cost time.
@@ -212,14 +327,6 @@ def explain(
             workers=workers,
         )
     return result, vector, regression
-
-
-def _refuse_with_sample(solver: Solver, *, exact: bool, top_k: int | None, extract_to: str | Path | None) -> None:
-    for given, name in ((exact, "--exact"), (top_k is not None, "--top-k"), (extract_to is not None, "--extract")):
-        if given:
-            raise UnmergeError(f"{name} reads what --precision and --budget leave out; give one or the other")
-    if not isinstance(solver, Nnls):
-        raise UnmergeError(f"--precision and --budget work with the nnls solver, not with {solver.name}")
 
 
 def _sampled(
