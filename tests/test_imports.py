@@ -40,6 +40,7 @@ ROOMS = [
     {"verdict"},
     {"summary"},
     {"attribution"},
+    {"survey"},
     {"recipe"},
     {"report"},
     {"__init__"},

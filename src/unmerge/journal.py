@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -123,7 +123,7 @@ def _recover(file: Path) -> dict[int, Products]:
     found: dict[int, Products] = {}
     good = 0
     with file.open("r+b") as stream:
-        for payload in _records(stream.read):
+        for payload in _records(stream, file.stat().st_size):
             place, products = _unpack(payload)
             found[place] = products
             good += _HEAD.size + len(payload)
@@ -131,13 +131,14 @@ def _recover(file: Path) -> dict[int, Products]:
     return found
 
 
-def _records(read: Any) -> Iterator[bytes]:
+def _records(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield the contents of records up to the first that is not whole."""
     while True:
-        head = read(_HEAD.size)
+        head = stream.read(_HEAD.size)
         if len(head) < _HEAD.size:
             return
         length, checksum = _HEAD.unpack(head)
-        payload = read(length)
+        payload = stream.read(length) if length <= size - stream.tell() else b""
         if len(payload) < length or _checksum(payload) != checksum:
             return
         yield payload
