@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
+from joblib import parallel_config
 
 from tests.conftest import Shelf
 from unmerge import attribute, cluster, on_cluster
+from unmerge.accumulate import Plan
 from unmerge.checkpoint.header import read_header
 from unmerge.errors import ClusterError, MissingExtraError, TargetError
 from unmerge.testing import write_checkpoint
@@ -32,6 +37,31 @@ def test_a_dask_cluster_gives_the_same_bytes_and_errors(shelf: Shelf) -> None:
         with pytest.raises(TargetError, match="has NaN at row 3, column 2"):
             attribute(shelf.path("broken"), atoms, base=shelf.base)
     assert there == here
+
+
+def test_only_units_travel_each_with_its_own_tensor_alone(shelf: Shelf) -> None:
+    atoms = shelf.paths("add", "sub", "full")
+    here = attribute(shelf.path("merge"), atoms, base=shelf.base).to_json()
+    plans: list[Plan] = []
+    sent: list[bytes] = []
+
+    def start(plan: Plan) -> Callable[[int], None]:
+        plans.append(plan)
+        return [].append
+
+    with ThreadPoolExecutor(2) as elsewhere:
+
+        def submit(func: Callable[[], object]) -> Future[object]:
+            sent.append(cloudpickle.dumps(func))
+            return elsewhere.submit(pickle.loads(sent[-1]))  # noqa: S301 - made here
+
+        backend = cluster._backend(submit, 2, lambda future: future.result())
+        with parallel_config(backend=backend, n_jobs=2):
+            there = attribute(shelf.path("merge"), atoms, base=shelf.base, start=start).to_json()
+    assert there == here
+    assert len(sent) == sum(len(plan.units) for plan in plans)
+    assert all(message.count(b"self_attn.q_proj.weight") < 8 for message in sent)
+    assert max(map(len, sent)) < 20_000
 
 
 def test_the_place_of_a_tensor_travels_without_the_folder_it_was_named_from(
