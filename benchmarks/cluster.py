@@ -136,12 +136,14 @@ def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
 
 def _scheduler(file: Path) -> str:
     began = time.monotonic()
-    while not file.exists():
-        if time.monotonic() - began > _PATIENCE:
-            raise SystemExit("the Dask scheduler did not start")
-        time.sleep(0.1)
-    address: str = json.loads(file.read_text(encoding="utf-8"))["address"]
-    return address
+    while time.monotonic() - began < _PATIENCE:
+        try:
+            address: str = json.loads(file.read_text(encoding="utf-8"))["address"]
+        except (FileNotFoundError, json.JSONDecodeError):  # not there, or not whole yet
+            time.sleep(0.1)
+        else:
+            return address
+    raise SystemExit("the Dask scheduler did not start")
 
 
 def _wait_for_workers(address: str) -> None:
