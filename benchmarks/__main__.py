@@ -1,7 +1,7 @@
 """Benchmarks: ``python -m benchmarks [NAME ...]``, by default all quick ones. Each prints ratios to a limit.
 
-What follows ``anytime``, ``evidence``, ``large_dictionary``, ``peers``, ``recipes``, ``scaling`` or ``seven_b`` are its
-own arguments (``... seven_b --help``); ``seed_search`` alone takes ``--full``.
+What follows the name of one that is not quick are its own arguments (``... seven_b --help``); ``seed_search`` alone
+takes ``--full``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import sys
 
 from benchmarks import (
     anytime,
+    cluster,
+    kills,
     large_dictionary,
     memory,
     merges,
@@ -33,7 +35,9 @@ QUICK = {
 }
 WITH_ARGUMENTS = {
     "anytime": anytime.run,
+    "cluster": cluster.run,
     "evidence": evidence.run,
+    "kills": kills.run,
     "large_dictionary": large_dictionary.run,
     "peers": peers.run,
     "recipes": recipes.run,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -433,3 +436,17 @@ def test_an_adapter_that_names_another_base_is_told(shelf: Shelf, said: str | No
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": said}))
     result = unmerge.attribute(shelf.path("merge"), shelf.paths("add", "json"), base=shelf.base)
     assert [f"trained on {said!r}" in notice for notice in result.notices] == [True] * told
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next_and_what_a_running_one_fills_is_not(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left, filled, other = (
+        tmp_path / name for name in (f".d.{int(done.stdout)}.tmp", f".d.{os.getppid()}.tmp", ".e.999999999.tmp")
+    )
+    for folder in (left, filled, other):
+        folder.mkdir()
+        (folder / MANIFEST).write_text("half of a")
+    build(tmp_path / "d", shelf.paths("add"), shelf.base)
+    assert [folder.exists() for folder in (left, filled, other)] == [False, True, True]

@@ -10,9 +10,10 @@ involve a new one are computed. With no known ones this is a full Gram matrix; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -282,6 +283,52 @@ def _rank(vector: TaskVector, name: str) -> int:
     return delta.rank if isinstance(delta, LowRank) else 0
 
 
+class Journal(Protocol):
+    """Where the finished units of one pass are kept, so that a run that was stopped goes on from them."""
+
+    @property
+    def finished(self) -> Mapping[int, Products]:
+        """The products of units that were finished before, by their place in the plan."""
+        ...
+
+    def keep(self, place: int, products: Products) -> None:
+        """Keep the products of one more unit."""
+        ...
+
+
+class State(Protocol):
+    """Keeps a journal for each pass of a run."""
+
+    def journal(
+        self, work: Plan, new: Sequence[TaskVector], known: Sequence[TaskVector], contacts: Collection[str]
+    ) -> Journal:
+        """Return the journal of the pass that `accumulate` is asked for with these arguments."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """One unit with all that computing it takes, and no more: on a cluster, this is what travels."""
+
+    place: int
+    unit: Unit
+    new: Sequence[TaskVector]
+    known: Sequence[TaskVector]
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None
+    elements: int
+    device: str | None
+
+    def run(self) -> tuple[int, Products]:
+        return self.place, unit_products(self.unit, self.new, self.known, self.kept, self.elements, self.device)
+
+    def run_elsewhere(self) -> tuple[int, Products]:
+        from threadpoolctl import threadpool_limits
+
+        # Not taken back: that would change it under the worker's other threads.
+        threadpool_limits(limits=1, user_api="blas")
+        return self.run()
+
+
 def accumulate(
     work: Plan,
     new: Sequence[TaskVector],
@@ -289,8 +336,12 @@ def accumulate(
     *,
     contacts: Mapping[str, tuple[int, int]] | None = None,
     advance: Callable[[int], None] | None = None,
+    state: State | None = None,
 ) -> dict[str, list[Products]]:
     """Compute the inner products of every unit of a plan.
+
+    The units go through joblib: on threads of this machine, or wherever `joblib.parallel_config` (or
+    `unmerge.on_cluster`) sends them.
 
     Parameters
     ----------
@@ -304,6 +355,8 @@ def accumulate(
         ones is wanted.
     advance : callable, optional
         Called with the number of parameters of each finished unit.
+    state : State, optional
+        Where finished units are kept; those that it has already are not computed again.
 
     Returns
     -------
@@ -314,27 +367,64 @@ def accumulate(
     ------
     TargetError
         If a new task vector holds a value that is not finite; the message says where.
+    ClusterError
+        If a cluster was lost, or lost one unit too often.
     """
+    journal = state.journal(work, new, known, contacts or {}) if state and work.units else None
+    finished = dict(journal.finished) if journal else {}
+    for place in finished:
+        if advance is not None:
+            advance(work.units[place].count)
+    missing = (place for place in range(len(work.units)) if place not in finished)
+    for place, products in _computed(work, missing, new, known, contacts or {}):
+        finished[place] = products
+        if journal is not None:
+            journal.keep(place, products)
+        if advance is not None:
+            advance(work.units[place].count)
+    found: dict[str, list[Products]] = {name: [] for name in work.sizes}
+    for place, unit in enumerate(work.units):
+        found[unit.name].append(finished[place])
+    return found
+
+
+def _computed(
+    work: Plan,
+    places: Iterable[int],
+    new: Sequence[TaskVector],
+    known: Sequence[TaskVector],
+    contacts: Mapping[str, tuple[int, int]],
+) -> Iterator[tuple[int, Products]]:
+    """Yield the products of units as they are finished."""
     from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
     from threadpoolctl import threadpool_limits
 
-    found: dict[str, list[Products]] = {name: [] for name in work.sizes}
+    kept = {name: lines(name, shape) for name, shape in contacts.items()}
+
+    def task(place: int) -> _Task:
+        unit = work.units[place]
+        elements = 0 if work.float64 else work.sizes[unit.name]
+        here = _in_tensor(new, unit), _in_tensor(known, unit)
+        return _Task(place, unit, *here, kept.get(unit.name), elements, work.device)
+
+    here = getattr(get_active_backend(prefer="threads")[0], "supports_sharedmem", False)
+    run = _Task.run if here else _Task.run_elsewhere
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
         # One unit at a time: batches would leave a thread waiting for the last one.
-        parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator", batch_size=1)
-        kept = {name: lines(name, shape) for name, shape in (contacts or {}).items()}
-        results = parallel(
-            delayed(unit_products)(
-                unit, new, known, kept.get(unit.name), 0 if work.float64 else work.sizes[unit.name], work.device
-            )
-            for unit in work.units
+        parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator_unordered", batch_size=1)
+        yield from parallel(delayed(run)(task(place)) for place in places)
+
+
+def _in_tensor(vectors: Sequence[TaskVector], unit: Unit) -> list[TaskVector]:
+    """Return task vectors with the unit's tensor alone."""
+    return [
+        TaskVector(
+            vector.name, vector.digest, {unit.name: vector.deltas[unit.name]} if unit.name in vector.deltas else {}
         )
-        for unit, result in zip(work.units, results, strict=True):
-            found[unit.name].append(result)
-            if advance is not None:
-                advance(unit.count)
-    return found
+        for vector in vectors
+    ]
 
 
 def unit_products(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unmerge.accumulate import State
 from unmerge.alignment import align
 from unmerge.base_share import BaseShare, base_share, nearer_bases, without_base
 from unmerge.checkpoint.dtypes import FloatArray
@@ -19,9 +20,10 @@ from unmerge.dictionary import Atom, Base, Dictionary, Start, open_base, read_ta
 from unmerge.errors import UnmergeError
 from unmerge.extraction import extract
 from unmerge.fingerprint import check_same_base, remote_digest
+from unmerge.journal import StateFolder
 from unmerge.regression import Regression, Unopened, regress
 from unmerge.result import Attribution, BaseCoefficient, ModelReference
-from unmerge.shortlist import Shelf
+from unmerge.shortlist import Chosen, Shelf
 from unmerge.solvers import SOLVERS, Nnls, Solver
 from unmerge.summary import model_reference, summarise
 from unmerge.task_vector import TaskVector, checkpoint_deltas
@@ -54,6 +56,7 @@ def attribute(
     extract_rank: int | None = None,
     allow_pickle: bool = False,
     workers: int | None = None,
+    state: str | Path | None = None,
     start: Start | None = None,
 ) -> Attribution:
     """Say which known fine-tunes are inside a merged model, and with what coefficients.
@@ -96,6 +99,8 @@ def attribute(
         Allow ``.bin`` weights, read by torch with ``weights_only=True``.
     workers : int, optional
         Threads; all cores by default. The result does not depend on it.
+    state : str or Path, optional
+        A folder that keeps what was accumulated until the run is done: one that was stopped goes on from it.
     start : callable, optional
         Told the plan before the pass starts; returns what is called as parameters are read.
 
@@ -109,40 +114,161 @@ def attribute(
     UnmergeError
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
-    chosen = _solver(solver, signed=signed)
-    sampled = precision is not None or budget is not None
-    if device is not None:
-        _refuse_with_device(float64=float64, sampled=sampled, top_k=top_k)
-        check_device(device)
+    question = open_question(
+        atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64, device=device,
+        precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_bases,
+        allow_pickle=allow_pickle, workers=workers,
+    )  # fmt: skip
     if extract_to is not None and Path(extract_to).exists():
         raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
-    origin = open_base(str(base), allow_pickle=allow_pickle)
-    whole = exact or sampled or top_k is not None
-    shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, allow_pickle=allow_pickle)
-    remote = open_remote_target(str(target), origin) if sampled else None
-    goal = remote or open_target(str(target), origin, allow_pickle=allow_pickle)
-    known = shelf.choose(goal.vector, goal.rows, signed=signed)
-    dictionary, extra = known.dictionary, known.extra
-    if decoys:
-        extra = (*extra, *make_decoys((*dictionary.atoms, *extra), decoys, np.random.default_rng(0)))
-    threads = workers or os.cpu_count() or 1
-    if sampled:
-        _refuse_with_sample(chosen, exact=exact, top_k=top_k, extract_to=extract_to)
-    others = nearer_bases(goal.vector, origin, [str(other) for other in other_bases], allow_pickle=allow_pickle)
-    if device is not None:
-        others = (*others, f"large tensors were computed by torch on {device}: equal to 1e-8, not to the bit")
-    if sampled:
+    question.refuse(extract=extract_to is not None, state=state is not None)
+    goal = question.open_target(str(target))
+    folder = StateFolder(Path(state)) if state is not None else None
+    result, vector, regression = question.explain(goal, state=folder, start=start)
+    if extract_to is not None and regression is not None:
+        _extract(result, vector, regression, question.base, Path(extract_to), extract_rank, question.workers)
+    if folder is not None:
+        folder.clear()
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """What targets are to be explained by, and how; opened once for many targets.
+
+    Attributes
+    ----------
+    base : Base
+    shelf : Shelf
+        What was named as atoms.
+    known : Chosen or None
+        The opened atoms; None if they are chosen for each target.
+    solver : Solver
+    exact, float64, device, top_k, decoys, other_bases, allow_pickle, workers
+        As `attribute` takes them.
+    bounds : Limits or None
+        Of the sample, if one is to be read.
+    """
+
+    base: Base
+    shelf: Shelf
+    known: Chosen | None
+    solver: Solver
+    exact: bool
+    float64: bool
+    device: str | None
+    bounds: Limits | None
+    top_k: int | None
+    decoys: int
+    other_bases: tuple[str, ...]
+    allow_pickle: bool
+    workers: int
+
+    def refuse(self, *, extract: bool, state: bool) -> None:
+        """Refuse options that do not go together.
+
+        Raises
+        ------
+        UnmergeError
+            If two of them do not.
+        """
+        if self.bounds is not None:
+            given = {"--exact": self.exact, "--top-k": self.top_k is not None, "--extract": extract}
+            for name in (name for name, is_given in given.items() if is_given):
+                raise UnmergeError(f"{name} reads what --precision and --budget leave out; give one or the other")
+            if not isinstance(self.solver, Nnls):
+                raise UnmergeError(f"--precision and --budget work with the nnls solver, not with {self.solver.name}")
+        if self.device is not None:
+            refused = {"--float64": self.float64, "--precision and --budget": self.bounds is not None,
+                       "--top-k": self.top_k is not None}  # fmt: skip
+            for name in (name for name, is_given in refused.items() if is_given):
+                raise UnmergeError(f"--device computes large tensors whole, in float32; leave it out, or {name}")
+        if state and (self.bounds is not None or self.top_k is not None):
+            raise UnmergeError("--state keeps sums over all parameters; leave out --precision, --budget and --top-k")
+
+    def open_target(self, reference: str) -> Target:
+        """Find a target; if a sample of it is enough, a model on the Hub is not downloaded.
+
+        Raises
+        ------
+        UnmergeError
+            If it cannot be found or read, or is not of the base's architecture.
+        """
+        remote = open_remote_target(reference, self.base) if self.bounds is not None else None
+        return remote or open_target(reference, self.base, allow_pickle=self.allow_pickle)
+
+    def explain(
+        self, goal: Target, *, state: State | None = None, start: Start | None = None
+    ) -> tuple[Attribution, TaskVector, Regression | None]:
+        """Explain one target; the task vector is without what it holds of the base, and a sample has no regression.
+
+        Raises
+        ------
+        UnmergeError
+            If it cannot be explained.
+        """
+        notices = nearer_bases(goal.vector, self.base, self.other_bases, allow_pickle=self.allow_pickle)
+        if self.device is not None:
+            notices = (
+                *notices,
+                f"large tensors were computed by torch on {self.device}: equal to 1e-8, not to the bit",
+            )
+        known = self.known or self.shelf.choose(goal.vector, goal.rows, signed=self.solver.signed)
+        extra = known.extra
+        if self.decoys:
+            extra = (*extra, *make_decoys(known.atoms, self.decoys, np.random.default_rng(0)))
+        if self.bounds is not None:
+            every = (*known.dictionary.atoms, *extra)
+            result = _sampled(goal, every, self.base, self.solver, self.bounds, notices, self.workers, start)
+            return result, goal.vector, None
+        return explain(
+            goal, known.dictionary, extra, self.base, self.solver, unopened=known.unopened, exact=self.exact,
+            float64=self.float64, device=self.device, top_k=self.top_k, notices=(*known.notices, *notices),
+            workers=self.workers, state=state, start=start,
+        )  # fmt: skip
+
+
+def open_question(
+    atoms: Sequence[str | Path],
+    *,
+    base: str | Path,
+    solver: str = "nnls",
+    signed: bool = False,
+    exact: bool = False,
+    float64: bool = False,
+    device: str | None = None,
+    precision: float | None = None,
+    budget: str | None = None,
+    top_k: int | None = None,
+    decoys: int = 0,
+    other_bases: Sequence[str | Path] = (),
+    allow_pickle: bool = False,
+    workers: int | None = None,
+) -> Question:
+    """Open the base and the atoms that targets are to be explained by; the options are those of `attribute`.
+
+    Raises
+    ------
+    UnmergeError
+        If one of them cannot be used.
+    """
+    chosen = _solver(solver, signed=signed)
+    bounds: Limits | None = None
+    if precision is not None or budget is not None:
         from unmerge.anytime import limits
 
-        every, bounds = (*dictionary.atoms, *extra), limits(precision, budget)
-        return _sampled(goal, every, origin, chosen, bounds, others, threads, start)
-    result, vector, regression = explain(
-        goal, dictionary, extra, origin, chosen, unopened=known.unopened, exact=exact, float64=float64, device=device,
-        top_k=top_k, notices=(*known.notices, *others), workers=threads, start=start,
-    )  # fmt: skip
-    if extract_to is not None:
-        _extract(result, vector, regression, origin, Path(extract_to), extract_rank, threads)
-    return result
+        bounds = limits(precision, budget)
+    if device is not None:
+        check_device(device)
+    origin = open_base(str(base), allow_pickle=allow_pickle)
+    whole = exact or bounds is not None or top_k is not None
+    shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, allow_pickle=allow_pickle)
+    known = shelf.open_all() if shelf.large is None else None
+    others = tuple(str(other) for other in other_bases)
+    threads = workers or os.cpu_count() or 1
+    return Question(
+        origin, shelf, known, chosen, exact, float64, device, bounds, top_k, decoys, others, allow_pickle, threads
+    )
 
 
 def explain(
@@ -160,6 +286,7 @@ def explain(
     refined: bool = True,
     notices: Sequence[str] = (),
     workers: int = 1,
+    state: State | None = None,
     start: Start | None = None,
 ) -> tuple[Attribution, TaskVector, Regression]:
     """Attribute a target that was opened, to atoms that were opened; see `attribute`.
@@ -173,6 +300,8 @@ def explain(
         test's own, which costs a fraction and says as well who is present.
     notices : sequence of str
         Further things to tell the user.
+    state : State, optional
+        Where finished units are kept.
 
     Returns
     -------
@@ -198,6 +327,7 @@ def explain(
             device=device,
             workers=workers,
             start=start,
+            state=state,
         )
         return replace(found, unopened=tuple(unopened))
 
@@ -221,21 +351,6 @@ def explain(
             workers=workers,
         )
     return result, vector, regression
-
-
-def _refuse_with_device(*, float64: bool, sampled: bool, top_k: int | None) -> None:
-    given = {"--float64": float64, "--precision and --budget": sampled, "--top-k": top_k is not None}
-    for name, present in given.items():
-        if present:
-            raise UnmergeError(f"--device computes large tensors whole, in float32; leave it out, or {name}")
-
-
-def _refuse_with_sample(solver: Solver, *, exact: bool, top_k: int | None, extract_to: str | Path | None) -> None:
-    for given, name in ((exact, "--exact"), (top_k is not None, "--top-k"), (extract_to is not None, "--extract")):
-        if given:
-            raise UnmergeError(f"{name} reads what --precision and --budget leave out; give one or the other")
-    if not isinstance(solver, Nnls):
-        raise UnmergeError(f"--precision and --budget work with the nnls solver, not with {solver.name}")
 
 
 def _sampled(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -78,10 +78,21 @@ def _root(
 @app.command()
 def attribute(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="The merged model (or adapter): a path or org/name@revision.")
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="The merged model (or adapter): a path or org/name@revision; or @FILE, a list with one a line.",
+        ),
     ],
     atoms: Atoms,
     base: Base,
+    more_targets: Annotated[
+        list[str] | None, typer.Option("--target", help="Another target, or @FILE; may be repeated. Needs --output.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="A folder for many targets: a JSON document for each, and results.parquet."),
+    ] = None,
     solver: Annotated[str, typer.Option(help="nnls, omp, lasso, ridge, elastic_net or dot_product.")] = "nnls",
     signed: Annotated[bool, typer.Option("--signed", help="Allow negative coefficients (task negation).")] = False,
     exact: Annotated[
@@ -130,26 +141,87 @@ def attribute(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show coefficients by layer and by module.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state", help="A folder that keeps what was accumulated: a run that was stopped goes on from it."
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Where the work is done: threads, dask or ray.")
+    ] = "threads",
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="The cluster's: tcp://scheduler:8786, head:6379. By default, a local one."),
+    ] = None,
     workers: Workers = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say which of the known fine-tunes are inside TARGET, and with what coefficients."""
+    """Say which of the known fine-tunes are inside TARGET, and with what coefficients.
+
+    With --output, of many targets: exit code 2 if one of them could not be used; the others are answered.
+    """
     # Imported here so that --help and --version answer at once.
     import unmerge
     from unmerge.report.progress import progress_bar
     from unmerge.report.terminal import print_result
 
-    with progress_bar(Console(stderr=True), enabled=not quiet) as start:
-        result = unmerge.attribute(
-            target, atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64,
-            device=device, precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_base or (),
-            extract_to=extract, extract_rank=rank, allow_pickle=allow_pickle, workers=workers, start=start,
-        )  # fmt: skip
+    options: dict[str, Any] = {
+        "base": base, "solver": solver, "signed": signed, "exact": exact, "float64": float64, "device": device,
+        "precision": precision, "budget": budget, "top_k": top_k, "decoys": decoys, "other_bases": other_base or (),
+        "allow_pickle": allow_pickle, "workers": workers, "state": state,
+    }  # fmt: skip
+    if output is not None or more_targets or target.startswith("@"):
+        _refuse_with_many(output, json=json, layers=layers, extract=extract)
+        targets = [name for given in (target, *(more_targets or ())) for name in _listed(given)]
+        with unmerge.on_cluster(backend, address, workers=workers):
+            _attribute_many(targets, atoms, options | {"output": output}, quiet=quiet)
+        return
+    with (
+        unmerge.on_cluster(backend, address, workers=workers),
+        progress_bar(Console(stderr=True), enabled=not quiet) as start,
+    ):
+        result = unmerge.attribute(target, atoms, **options, extract_to=extract, extract_rank=rank, start=start)
     if json:
         sys.stdout.write(result.to_json() + "\n")
     else:
         print_result(result, Console(), layers=layers)
+
+
+def _refuse_with_many(output: Path | None, *, json: bool, layers: bool, extract: Path | None) -> None:
+    if output is None:
+        raise UnmergeError("several targets: give a folder for the answers with --output")
+    for given, name in ((json, "--json"), (layers, "--layers"), (extract is not None, "--extract")):
+        if given:
+            raise UnmergeError(f"{name} is for one target; with --output, documents are written to {output}")
+
+
+def _listed(target: str) -> list[str]:
+    from unmerge.survey import read_targets
+
+    return read_targets(Path(target[1:])) if target.startswith("@") else [target]
+
+
+def _attribute_many(targets: list[str], atoms: list[str], options: dict[str, Any], *, quiet: bool) -> None:
+    import unmerge
+    from unmerge.report.progress import progress_bar
+
+    console = Console(stderr=True)
+
+    def tell(number: int, count: int, target: str) -> None:
+        if not quiet:
+            console.print(f"target {number} of {count}: {target}", markup=False, highlight=False, soft_wrap=True)
+
+    with progress_bar(console, enabled=not quiet) as start:
+        answers = unmerge.attribute_many(targets, atoms, **options, tell=tell, start=start)
+    for answer in answers:
+        if answer.error is None:
+            sys.stdout.write(f"{answer.target}: {answer.verdict}\n")
+        else:
+            sys.stderr.write(f"error: {answer.error}\n")
+    if any(answer.error for answer in answers):
+        raise typer.Exit(2)
 
 
 @app.command()

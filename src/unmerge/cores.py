@@ -132,7 +132,7 @@ def cores(
         return [(atom, core) for atom, core in seen if core is not None]
 
     found: dict[int, list[Core]] = {atom: [] for atom in sorted({*np.flatnonzero(coefficients).tolist(), *relatives})}
-    for tensor in Parallel(n_jobs=workers, prefer="threads")(delayed(look)(name) for name in regression.contacts):
+    for tensor in Parallel(n_jobs=workers, require="sharedmem")(delayed(look)(name) for name in regression.contacts):
         for atom, core in tensor:
             found[atom].append(core)
     return found

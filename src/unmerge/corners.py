@@ -42,7 +42,7 @@ def corners(
 
     chosen = _spread(regression)
     standing_for = len(regression.contacts) / max(1, len(chosen))
-    found = Parallel(n_jobs=workers, prefer="threads")(
+    found = Parallel(n_jobs=workers, require="sharedmem")(
         delayed(_corner)(regression, target, base, atoms, name, standing_for) for name in chosen
     )
     return dict(zip(chosen, found, strict=True))

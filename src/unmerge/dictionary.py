@@ -536,7 +536,11 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Make a folder beside `path`, to be filled and renamed to it; what is not renamed is removed."""
+    """Make a folder beside `path`, to be filled and renamed to it; what is not renamed is removed.
+
+    What a run that was killed left there is removed too.
+    """
+    _remove_leftovers(path)
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -544,6 +548,26 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
+    for folder in path.parent.iterdir():
+        match = pattern.fullmatch(folder.name)
+        if match and not _is_running(int(match[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is not a question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

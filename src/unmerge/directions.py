@@ -60,7 +60,7 @@ def directions(vector: TaskVector, rank: int = DIRECTIONS, *, workers: int = 1) 
     names = [name for name, delta in sorted(vector.deltas.items()) if isinstance(delta, LowRank) or _is_matrix(delta)]
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
-        parallel = Parallel(n_jobs=workers, prefer="threads")
+        parallel = Parallel(n_jobs=workers, require="sharedmem")
         found = parallel(delayed(_tensor_directions)(vector, name, rank) for name in names)
     kept = {name: delta for name, delta in zip(names, found, strict=True) if delta is not None}
     return TaskVector(vector.name, vector.digest, kept)

@@ -35,3 +35,11 @@ class RecipeError(UnmergeError):
 
 class MissingExtraError(UnmergeError):
     """An optional dependency is needed and not installed."""
+
+
+class ClusterError(UnmergeError):
+    """A cluster cannot be reached, or lost what it was given too often."""
+
+
+class StateError(UnmergeError):
+    """What an earlier run left to go on from is not of this one."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from unmerge.accumulate import Contact, Plan, Products, accumulate, plan, total
+from unmerge.accumulate import Contact, Plan, Products, State, accumulate, plan, total
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.source import Source
 from unmerge.compress import compressed_statistics, select_top_k
@@ -142,6 +142,7 @@ def regress(
     device: str | None = None,
     workers: int = 1,
     start: Start | None = None,
+    state: State | None = None,
 ) -> Regression:
     """Compute the statistics of a target against known atoms and extra ones.
 
@@ -165,6 +166,8 @@ def regress(
         Compute large tensors in float64 too, not in float32.
     device : str, optional
         Compute large tensors on this device of torch; see `torch_blocks.check_device`.
+    state : State, optional
+        Where finished units are kept; not with `top_k`.
 
     Raises
     ------
@@ -181,7 +184,7 @@ def regress(
     shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
     shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
     low_rank = tuple(_low_rank(atom) for atom in atoms) if contacts else ()
-    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers, float64, device)
+    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers, float64, device, state)
     grams, energies, met, work = pass_.run(shapes, touched, base, exact=exact, start=start)
     tensors = tuple(
         _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
@@ -204,6 +207,7 @@ class _Pass:
     workers: int
     float64: bool
     device: str | None
+    state: State | None
 
     def run(
         self,
@@ -254,8 +258,8 @@ class _Pass:
         )
         advance = start(both) if start else None
         everything = [*known, *new]
-        found = accumulate(work, new, [*known, *leading], contacts=wanted, advance=advance)
-        again = accumulate(redo, everything, leading, contacts=wanted, advance=advance)
+        found = accumulate(work, new, [*known, *leading], contacts=wanted, advance=advance, state=self.state)
+        again = accumulate(redo, everything, leading, contacts=wanted, advance=advance, state=self.state)
         met = {name: total(units).contact for name, units in (*found.items(), *again.items()) if name in wanted}
         found, again = (_without(products, len(everything)) for products in (found, again))
         order = _order([*self.dictionary.atoms, *extra], self.atoms)

@@ -65,6 +65,8 @@ class Shelf:
     base : Base
     paths : tuple of Path
         Dictionaries.
+    records : tuple of Record
+        Of all of their atoms.
     extra : tuple of Atom
         Atoms that were given alone.
     large : _Large or None
@@ -74,6 +76,7 @@ class Shelf:
 
     base: Base
     paths: tuple[Path, ...]
+    records: tuple[Record, ...]
     extra: tuple[Atom, ...]
     large: _Large | None
     allow_pickle: bool
@@ -101,10 +104,10 @@ class Shelf:
             for reference in references
             if places[reference] not in paths
         )
-        records = [record for path in paths for record in read_records(path, base)]
+        records = tuple(record for path in paths for record in read_records(path, base))
         check_names([*(record.name for record in records), *(atom.name for atom in extra)])
         large = None if whole or len(records) <= LARGE else _Large.of(records, extra, base)
-        return cls(base, paths, extra, large, allow_pickle)
+        return cls(base, paths, records, extra, large, allow_pickle)
 
     def choose(self, target: TaskVector, rows: Mapping[str, int], *, signed: bool = False) -> Chosen:
         """Open all atoms, or those of a large dictionary that the target can hold.

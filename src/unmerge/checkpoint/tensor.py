@@ -119,6 +119,10 @@ class FileTensor:
     origin: Path
     offset: int
 
+    def __reduce__(self) -> tuple[type[FileTensor], tuple[str, DType, tuple[int, ...], Path, int]]:
+        # Who unpickles it may be in another folder.
+        return FileTensor, (self.name, self.dtype, self.shape, self.origin.absolute(), self.offset)
+
     def read(self, start: int, stop: int) -> RawArray:
         """Read rows from the file; see `Tensor.read`.
 
