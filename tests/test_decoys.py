@@ -53,7 +53,9 @@ def test_every_direction_is_kept_with_a_sign(shelf: Shelf, base: Base, name: str
 def test_a_decoy_is_far_from_every_atom(shelf: Shelf, base: Base) -> None:
     real = atoms(shelf, base, "add", "sub", "json", "xml")
     made = decoys(real, 12)
-    cosines = combine(base, [*real, *made]).cosines
+    gram = combine(base, [*real, *made]).total_gram
+    norms = np.sqrt(np.diag(gram))
+    cosines = gram / np.outer(norms, norms) - np.eye(len(gram))
     assert np.abs(cosines[:, len(real) :]).max() < 0.8
 
 

@@ -178,11 +178,6 @@ class Question:
                 raise UnmergeError(f"{name} reads what --precision and --budget leave out; give one or the other")
             if not isinstance(self.solver, Nnls):
                 raise UnmergeError(f"--precision and --budget work with the nnls solver, not with {self.solver.name}")
-        if self.device is not None:
-            refused = {"--float64": self.float64, "--precision and --budget": self.bounds is not None,
-                       "--top-k": self.top_k is not None}  # fmt: skip
-            for name in (name for name, is_given in refused.items() if is_given):
-                raise UnmergeError(f"--device computes large tensors whole, in float32; leave it out, or {name}")
         if state and (self.bounds is not None or self.top_k is not None):
             raise UnmergeError("--state keeps sums over all parameters; leave out --precision, --budget and --top-k")
 
@@ -259,6 +254,7 @@ def open_question(
 
         bounds = limits(precision, budget)
     if device is not None:
+        _refuse_with_device(float64=float64, sampled=bounds is not None, top_k=top_k)
         check_device(device)
     origin = open_base(str(base), allow_pickle=allow_pickle)
     whole = exact or bounds is not None or top_k is not None
@@ -269,6 +265,12 @@ def open_question(
     return Question(
         origin, shelf, known, chosen, exact, float64, device, bounds, top_k, decoys, others, allow_pickle, threads
     )
+
+
+def _refuse_with_device(*, float64: bool, sampled: bool, top_k: int | None) -> None:
+    given = {"--float64": float64, "--precision and --budget": sampled, "--top-k": top_k is not None}
+    for name in (name for name, is_given in given.items() if is_given):
+        raise UnmergeError(f"--device computes large tensors whole, in float32; leave it out, or {name}")
 
 
 def explain(
