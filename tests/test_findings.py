@@ -601,9 +601,9 @@ class TestWhatTheSolverDoesWithout:
         solver = Nnls(signed=False)
         for credited, present in (((0.0, 0.3), None), ((0.2, 0.3), True)):
             solution = Solution(np.array(credited), Status.CONVERGED, (), 0)
-            assert _tested(solution, solver, {0: AtomTest(seen, None)}, 0, []).present is present
+            assert _tested(solution, solver, {0: AtomTest(seen, None)}, 0, [], 2).present is present
 
     def test_is_present_if_a_version_of_it_was_credited(self) -> None:
         seen = Presence(0.1, 0.001, 0.1, 0.001, 15.0, 1e-12, np.zeros((0, 3)))
         solution = Solution(np.array([0.0, 0.3]), Status.CONVERGED, (), 0)
-        assert _tested(solution, Nnls(signed=False), {0: AtomTest(seen, None)}, 0, [(0, 1)]).present is True
+        assert _tested(solution, Nnls(signed=False), {0: AtomTest(seen, None)}, 0, [(0, 1)], 2).present is True

@@ -114,13 +114,13 @@ def attribute(
     UnmergeError
         If anything given cannot be used; the message says what was given, expected, and to do.
     """
+    if extract_to is not None and Path(extract_to).exists():
+        raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
     question = open_question(
         atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64, device=device,
         precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_bases,
         allow_pickle=allow_pickle, workers=workers,
     )  # fmt: skip
-    if extract_to is not None and Path(extract_to).exists():
-        raise UnmergeError(f"{extract_to}: already exists; choose another folder for what is extracted")
     question.refuse(extract=extract_to is not None, state=state is not None)
     goal = question.open_target(str(target))
     folder = StateFolder(Path(state)) if state is not None else None
