@@ -14,6 +14,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "unmerge"
 # From the bottom to the top; a module imports from rooms below its own, and from its own.
 ROOMS = [
     {"errors", "_version"},
+    {"parquet"},
     {"checkpoint"},
     {"alignment"},
     {"task_vector"},

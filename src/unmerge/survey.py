@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ from typing import Any
 from unmerge._version import __version__
 from unmerge.attribution import Question, Target, open_question
 from unmerge.dictionary import Start
-from unmerge.errors import ClusterError, MissingExtraError, UnmergeError
+from unmerge.errors import ClusterError, UnmergeError
 from unmerge.journal import StateFolder
+from unmerge.parquet import require_pyarrow, whole, write_table
 from unmerge.result import Attribution, Component
 
 SCHEMA = "unmerge/survey/1"
@@ -58,6 +57,7 @@ COLUMNS = {
 """Columns of the table and their types; all may be null. What they mean: the document's schema."""
 _UNSAFE = re.compile(r"[^\w.-]+")
 _LONGEST = 80
+_EXTRA = "many targets", "parquet"
 
 Tell = Callable[[int, int, str], None]
 """Told which target is next, of how many, and its reference."""
@@ -134,7 +134,7 @@ def attribute_many(
     MissingExtraError
         If pyarrow is not installed (extra `parquet`).
     """
-    _pyarrow()
+    require_pyarrow(*_EXTRA)
     folder = Path(output)
     references = list(dict.fromkeys(str(target) for target in targets))
     if not references:
@@ -158,7 +158,7 @@ def attribute_many(
         else:
             answers.append(Answer(reference, place, result.verdict))
             rows.extend(_rows(reference, place.name, result))
-    _write_table(folder / TABLE, rows, question)
+    write_table(folder / TABLE, rows, COLUMNS, json.dumps(describe(question)), *_EXTRA)
     return tuple(answers)
 
 
@@ -194,7 +194,7 @@ def _answer(
     result = _read(place, goal)
     if result is None:
         result = question.explain(goal, state=state, start=start)[0]
-        with _whole(place) as temporary:
+        with whole(place) as temporary:
             temporary.write_text(result.to_json() + "\n", encoding="utf-8")
     if state is not None:
         state.clear()
@@ -232,7 +232,7 @@ def _ask(folder: Path, question: Question) -> None:
     if folder.exists() and (not folder.is_dir() or any(not _is_temporary(path) for path in folder.iterdir())):
         raise UnmergeError(f"{folder}: already exists, and has no {QUESTION}; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _whole(place) as temporary:
+    with whole(place) as temporary:
         temporary.write_text(asked, encoding="utf-8")
 
 
@@ -292,33 +292,5 @@ def _component_row(component: Component) -> dict[str, Any]:
     }
 
 
-def _write_table(place: Path, rows: Sequence[Mapping[str, Any]], question: Question) -> None:
-    pa, parquet = _pyarrow()
-    types = {"text": pa.string(), "number": pa.float64(), "truth": pa.bool_()}
-    metadata = {b"unmerge": json.dumps(describe(question)).encode()}
-    schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()]).with_metadata(metadata)
-    with _whole(place) as temporary:
-        parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError("many targets need the package pyarrow: pip install 'unmerge[parquet]'") from error
-    return pa, parquet
-
-
 def _is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".partial"
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Yield another name to write a file under, and rename it once it is on the disk: half of one is never seen."""
-    temporary = path.with_name(f".{path.name}.partial")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unmerge.experiment.paper import Group
 from unmerge.experiment.presets import Preset
+from unmerge.parquet import whole
 
 RESULTS = "results.parquet"
 INVERSIONS = "inversions.parquet"
@@ -96,15 +95,7 @@ def targets(preset: Preset, seed: int) -> list[Target]:
     ]
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield another name to write a file under, and rename it at the end: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    yield temporary
-    temporary.replace(path)
-
-
 def write_json(path: Path, document: Any) -> None:
-    """Write a document whole; see `whole`."""
+    """Write a document whole."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -15,10 +15,11 @@ import numpy as np
 from unmerge.attribution import open_target
 from unmerge.compress import Selection, compressed_statistics, select_top_k
 from unmerge.dictionary import Atom, Base, Dictionary, combine, open_atom, open_base
-from unmerge.experiment.layout import Place, Target, whole
+from unmerge.experiment.layout import Place, Target
 from unmerge.experiment.mergekit import merge_in_process, write_recipe
 from unmerge.experiment.presets import Preset
 from unmerge.experiment.world import part_seed
+from unmerge.parquet import whole
 from unmerge.regression import regress
 from unmerge.statistics import Statistics
 from unmerge.task_vector import TaskVector

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unmerge.errors import MissingExtraError, UnmergeError
+from unmerge.errors import UnmergeError
 from unmerge.experiment.decomposition import Row
-from unmerge.experiment.layout import whole
+from unmerge.parquet import METADATA, require_pyarrow, write_table
 
-METADATA = b"unmerge"
-"""Key of the JSON document in a file's metadata."""
 PACKAGES = ("unmerge", "numpy", "scipy", "torch", "transformers", "peft", "mergekit", "safetensors")
+_EXTRA = "results", "experiment"
 
 _RESULTS = {
     "seed": "integer",
@@ -170,7 +169,7 @@ def read_inversions(path: Path) -> list[Inversion]:
     """
     if not path.is_file():
         return []
-    pa, parquet = _pyarrow()
+    pa, parquet = require_pyarrow(*_EXTRA)
     try:
         rows = parquet.read_table(path).to_pylist()
         return [Inversion(**{**row, "members": tuple(row["members"] or ())}) for row in rows]
@@ -181,24 +180,7 @@ def read_inversions(path: Path) -> list[Inversion]:
 
 
 def _write(path: Path, rows: Sequence[Row], columns: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
-    pa, parquet = _pyarrow()
-    types = {
-        "text": pa.string(), "texts": pa.list_(pa.string()), "number": pa.float64(), "numbers": pa.list_(pa.float64()),
-        "integer": pa.int32(), "truth": pa.bool_(),
-    }  # fmt: skip
-    document = json.dumps(metadata, sort_keys=True).encode()
-    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()]).with_metadata({METADATA: document})
-    with whole(path) as temporary:
-        parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError("results need the package pyarrow: pip install 'unmerge[experiment]'") from error
-    return pa, parquet
+    write_table(path, rows, columns, json.dumps(metadata, sort_keys=True), *_EXTRA)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
