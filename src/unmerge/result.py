@@ -24,8 +24,8 @@ class ModelReference(_Model):
     commit: str | None = Field(description="Hub commit it was resolved to; null for local files.")
     digest: str = Field(
         description="SHA-256 over names, shapes and weights, whatever the layout: sampled weights of a checkpoint, all "
-        "of an adapter, or one run of each of its tensors if only a sample was to be read; the commit in place of weights "
-        "if a Hub model was not downloaded."
+        "of an adapter, or one run of each of its tensors if only a sample was to be read; the commit in place of "
+        "weights if a Hub model was not downloaded."
     )
     kind: Literal["checkpoint", "adapter"] = Field(description="Full model, or PEFT adapter.")
 
