@@ -6,16 +6,17 @@ stranger are fitted by maximum likelihood (`lattice`), by turns: the stranger's 
 weights by a step that the stranger follows along its tangents, so that neither takes what is the other's. The
 stranger's weight is what the others lack to 1, which fixes its scale.
 
-Arithmetic is first taken to be noisy, which makes the likelihood smooth, then precise, as mergekit's ``linear`` is:
-noise that is not there biases the weights. In the end the slope of the score is measured by moving the weights by
-their errors, since cells have walls that derivatives do not see. Errors are those of the delete-one-tensor jackknife,
-and how far the weights moved with the last change of the noise is counted as one more.
+Arithmetic is first taken to be noisy, which makes the likelihood smooth, then more and more precise while that is
+likelier, as mergekit's ``linear`` is: noise that is not there biases the weights. Cells have walls that derivatives do
+not see, so errors are measured where there still is some noise: the slope of the score by moving the weights by their
+errors, the errors by the delete-one-tensor jackknife. How far the weights moved from there on is counted as one more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,12 +24,21 @@ from unmerge.evidence.lattice import Block, Seen, Stranger, seen
 from unmerge.evidence.low_rank import Factors, leading, refitted, tangents, variance
 from unmerge.statistics import FloatArray
 
-SCHEDULE = ((0.1, 4), (0.03, 3), (0.01, 3))
-"""Noise of the arithmetic, in spacings, and for how many turns."""
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+NOISES = (0.2, 0.1, 0.05, 0.025, 0.0125, 0.006, 0.003, 0.0015)
+"""Noise of the arithmetic, in spacings, one after the other."""
+SMOOTH = 0.0125
+"""The smallest one at which errors are measured."""
+TURNS = (3, 3, 2)
+"""How many turns at each of them; the last number stands for all further ones."""
+GAIN = 0.01
+"""A smaller part of the likelihood's logarithm is not worth another level of the noise."""
 SEARCHES = 2
 """Turns in which the stranger's directions are looked for; later they are refined."""
-POLISH = 2
-"""Steps with the measured slope."""
+MEASURED = 2
+"""How often slopes are measured, each time over the errors that the last ones gave."""
 LEAST = 0.02
 """Weight from which a stranger can be estimated."""
 LOW = 4
@@ -43,8 +53,8 @@ EVERY = 4
 """Of so many tensors one is looked at to find how long a step is best."""
 INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
-WIDE, BOLD = 2.0, 5.0
-"""Half intervals over which slopes are measured; and how many times that a polishing step may go."""
+WIDE = 2.0
+"""Half intervals over which slopes are measured."""
 CAUTION, COARSE = 1.75, 0.5
 """What is added to a factor of 1 on the intervals if a step of the grid is half as large as the stranger's changes, or
 larger; less where steps are finer. The jackknife does not see what errors of the stranger do to all tensors alike, and
@@ -65,7 +75,7 @@ class Beside:
     freedom : array, shape (P,)
         Degrees of freedom of the errors.
     drift : array, shape (P,)
-        How far the weights moved with the last change of the noise.
+        How far the weights moved from where the errors were measured.
     coarseness : float
         Steps of the grid over the stranger's changes, both in root mean square.
     """
@@ -93,7 +103,7 @@ class Beside:
         return np.maximum(np.stack([self.weights - half, self.weights + half], axis=1), least)
 
 
-def beside_stranger(blocks: Sequence[Block], start: FloatArray) -> Beside | None:
+def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int = 1) -> Beside | None:
     """Fit the weights; None if what is beside the atoms is not one stored fine-tune of low rank.
 
     Parameters
@@ -102,27 +112,48 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray) -> Beside | None
         At least two, of different tensors.
     start : array, shape (P,)
         First estimates, a few hundredths from the truth.
+    workers : int
+        Blocks that are looked at at once; the result does not depend on it.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from threadpoolctl import threadpool_limits
+
     if not len(start) or len(blocks) < 2 or 1.0 - start.sum() < LEAST:
         return None
-    levels: list[_Level] = []
-    state: _State | None = _first(blocks, start.astype(np.float64))
-    for noise, turns in SCHEDULE:
-        state = None if state is None else _turns(blocks, state, noise, turns, searches=0 if levels else SEARCHES)
-        if state is None:
+    # One BLAS thread: sums of a threaded product would depend on the number of cores.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        levels = _levels(blocks, start.astype(np.float64), pool)
+        if levels is None or len(levels) < 2:
+            return None  # arithmetic was not precise, or nothing like this was merged
+        smooth = next(level for level in reversed(levels) if level.noise >= SMOOTH)
+        found = _measured(blocks, smooth, pool)
+        if found is None:
             return None
-        level = _Level(noise, state, _likelihood(blocks, state, noise))
-        if levels and level.likelihood < levels[-1].likelihood:
+    last = levels[-1].state
+    before = smooth if smooth is not levels[-1] else levels[-2]
+    drift = np.abs(last.weights - before.state.weights)
+    return replace(found, weights=last.weights, drift=drift, coarseness=_coarseness(blocks, last))
+
+
+def _levels(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecutor) -> list[_Level] | None:
+    """Lower the noise while that is likelier; None if there is no stranger of low rank to be seen."""
+    levels: list[_Level] = []
+    state = _first(blocks, start)
+    for number, noise in enumerate(NOISES):
+        turns = TURNS[min(number, len(TURNS) - 1)]
+        better = _turns(blocks, state, noise, turns, pool, searches=0 if levels else SEARCHES)
+        if better is None:
+            return None
+        state = better
+        level = _Level(noise, state, _likelihood(blocks, state, noise, pool))
+        gain = level.likelihood - levels[-1].likelihood if levels else np.inf
+        if gain < 0.0:
             break
         levels.append(level)
-    if len(levels) < 2:
-        return None  # arithmetic was not precise, or nothing like this was merged
-    state = levels[-1].state
-    found = _polished(blocks, state, levels[-1].noise)
-    if found is None:
-        return None
-    drift = np.abs(found.weights - levels[-2].state.weights)
-    return replace(found, drift=drift, coarseness=_coarseness(blocks, state))
+        if noise < SMOOTH and gain < GAIN * abs(level.likelihood):
+            break
+    return levels
 
 
 def _coarseness(blocks: Sequence[Block], state: _State) -> float:
@@ -153,8 +184,8 @@ class _Level:
     likelihood: float
 
 
-Moves = Sequence[Sequence[tuple[FloatArray, FloatArray]]]
-"""How the stranger's factors answer to each weight, by tensor and weight."""
+_Moves = Sequence[tuple[FloatArray, FloatArray]]
+"""How the stranger's factors in one tensor answer to each weight."""
 
 
 def _first(blocks: Sequence[Block], weights: FloatArray) -> _State:
@@ -168,33 +199,41 @@ def _first(blocks: Sequence[Block], weights: FloatArray) -> _State:
     return _State(weights, tuple(strangers))
 
 
-def _turns(blocks: Sequence[Block], state: _State, noise: float, count: int, *, searches: int) -> _State | None:
+def _turns(
+    blocks: Sequence[Block], state: _State, noise: float, count: int, pool: ThreadPoolExecutor, *, searches: int
+) -> _State | None:
     """Improve an estimate; None if there is no stranger of low rank to be seen."""
     found: _State | None = state
     for turn in range(count):
-        found = None if found is None else _turn(blocks, found, noise, search=turn < searches)
+        found = None if found is None else _turn(blocks, found, noise, pool, search=turn < searches)
     return found
 
 
-def _turn(blocks: Sequence[Block], state: _State, noise: float, *, search: bool) -> _State | None:
+def _turn(
+    blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor, *, search: bool
+) -> _State | None:
     """Improve the strangers, then the weights; None if there is no stranger of low rank to be seen."""
-    strangers, moves, scores = [], [], []
-    for block, stranger in zip(blocks, state.strangers, strict=True):
+
+    def look(block: Block, stranger: Stranger) -> tuple[Stranger, _Moves, FloatArray] | None:
         found = seen(block, stranger, state.weights, state.share, noise)
         better, precision = _better(stranger, found, search=search)
         if not 0 < better.factors.rank <= min(better.error.shape) // LOW:
             return None
         own = _moves(block, better.factors, precision, state.share)
-        strangers.append(better)
-        moves.append(own)
-        scores.append(_beside(block, better.factors, own, state.share) * found.score.ravel())
+        return better, own, _beside(block, better.factors, own, state.share) * found.score.ravel()
+
+    looked = list(pool.map(look, blocks, state.strangers))
+    sound = [one for one in looked if one is not None]
+    if len(sound) < len(looked):
+        return None
+    strangers, moves, scores = zip(*sound, strict=True)
     gradient = sum((score.sum(axis=1) for score in scores), np.zeros(len(state.weights)))
     curvature = sum((score @ score.T for score in scores), np.zeros((len(gradient), len(gradient))))
     step = np.linalg.lstsq(curvature, gradient, rcond=1e-12)[0].clip(-LARGEST, LARGEST)
     # First steps are rough: a small stranger must not be stepped over.
     step = step * min(1.0, GIVEN_UP * state.share / max(float(step.sum()), 1e-30))
-    improved = _State(state.weights, tuple(strangers))
-    moved = _moved(improved, moves, step if search else _length(blocks, improved, moves, step, noise) * step)
+    improved = _State(state.weights, strangers)
+    moved = _moved(improved, moves, step if search else _length(blocks, improved, moves, step, noise, pool) * step)
     return moved if moved.share > LEAST else None
 
 
@@ -217,19 +256,17 @@ def _better(stranger: Stranger, found: Seen, *, search: bool) -> tuple[Stranger,
     return Stranger(factors, np.sqrt(own * max(1.0, growth * float(before.mean() / own.mean())))), precision
 
 
-def _moves(
-    block: Block, factors: Factors, precision: FloatArray, share: float
-) -> Sequence[tuple[FloatArray, FloatArray]]:
+def _moves(block: Block, factors: Factors, precision: FloatArray, share: float) -> _Moves:
     return tangents([precision * change / share for change in block.changes], precision, factors)
 
 
-def _beside(block: Block, factors: Factors, moves: Sequence[tuple[FloatArray, FloatArray]], share: float) -> FloatArray:
+def _beside(block: Block, factors: Factors, moves: _Moves, share: float) -> FloatArray:
     """Return the part of each atom that the stranger cannot take over, shape (P, n m)."""
     taken = [left @ factors.right.T + factors.left @ right.T for left, right in moves]
     return np.asarray((block.changes - share * np.array(taken)).reshape(len(block.changes), -1))
 
 
-def _moved(state: _State, moves: Moves, step: FloatArray, only: slice = slice(None)) -> _State:
+def _moved(state: _State, moves: Sequence[_Moves], step: FloatArray, only: slice = slice(None)) -> _State:
     """Move the weights; the stranger gives way and keeps its size in the merge."""
     weights = state.weights + step
     scale = state.share / max(1.0 - float(weights.sum()), 0.5 * LEAST)
@@ -241,13 +278,20 @@ def _moved(state: _State, moves: Moves, step: FloatArray, only: slice = slice(No
     return _State(weights, tuple(strangers))
 
 
-def _length(blocks: Sequence[Block], state: _State, moves: Moves, step: FloatArray, noise: float) -> float:
+def _length(
+    blocks: Sequence[Block],
+    state: _State,
+    moves: Sequence[_Moves],
+    step: FloatArray,
+    noise: float,
+    pool: ThreadPoolExecutor,
+) -> float:
     """Return how many times a step should be made, by doubling or halving while that is likelier."""
     some = slice(1, None, EVERY) if len(blocks) > EVERY else slice(None)
 
     def likelihood(times: float) -> float:
         moved = _moved(state, moves, times * step, some)
-        return _likelihood(blocks[some], moved, noise) if moved.share > LEAST else -np.inf
+        return _likelihood(blocks[some], moved, noise, pool) if moved.share > LEAST else -np.inf
 
     here, there, times = likelihood(0.0), likelihood(1.0), 1.0
     if there > here:
@@ -260,67 +304,52 @@ def _length(blocks: Sequence[Block], state: _State, moves: Moves, step: FloatArr
     return times
 
 
-def _likelihood(blocks: Sequence[Block], state: _State, noise: float) -> float:
-    return sum(
-        seen(block, stranger, state.weights, state.share, noise).likelihood
-        for block, stranger in zip(blocks, state.strangers, strict=True)
-    )
+def _likelihood(blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor) -> float:
+    def look(block: Block, stranger: Stranger) -> float:
+        return seen(block, stranger, state.weights, state.share, noise).likelihood
+
+    return sum(pool.map(look, blocks, state.strangers))
 
 
-def _polished(blocks: Sequence[Block], state: _State, noise: float) -> Beside | None:
-    reach: FloatArray | None = None
-    answers: list[Beside] = []
-    for turn in range(POLISH + 1):
-        refined = _refined(blocks, state, noise) if turn else state
-        moves, others = _answering(blocks, refined, noise)
-        slopes, scores = _slopes(blocks, refined, moves, others, noise, reach)
-        step, answer = _jackknifed(refined.weights, slopes, scores)
-        if answer is None:
-            return None
-        answers.append(answer)
-        reach = WIDE * answer.sampling(0.95)
-        if turn < POLISH:
-            state = _moved(refined, moves, step.clip(-BOLD * reach, BOLD * reach))
-    # The slope is rough: of the last two errors the larger one.
-    errors = np.maximum(answers[-1].errors, answers[-2].errors)
-    return replace(answers[-1], errors=errors)
+def _measured(blocks: Sequence[Block], level: _Level, pool: ThreadPoolExecutor) -> Beside | None:
+    """Return the weights of a level with their errors; None if nothing is known of one of them."""
+    state, noise = level.state, level.noise
 
-
-def _refined(blocks: Sequence[Block], state: _State, noise: float) -> _State:
-    strangers = [
-        _better(stranger, seen(block, stranger, state.weights, state.share, noise), search=False)[0]
-        for block, stranger in zip(blocks, state.strangers, strict=True)
-    ]
-    return _State(state.weights, tuple(strangers))
-
-
-def _answering(blocks: Sequence[Block], state: _State, noise: float) -> tuple[Moves, list[FloatArray]]:
-    moves, others = [], []
-    for block, stranger in zip(blocks, state.strangers, strict=True):
+    def answer(block: Block, stranger: Stranger) -> tuple[_Moves, FloatArray]:
         found = seen(block, stranger, state.weights, state.share, noise)
         precision = np.maximum(1.0 - found.variance / stranger.error**2, INFORMED) / stranger.error**2
         own = _moves(block, stranger.factors, precision, state.share)
-        moves.append(own)
-        others.append(_beside(block, stranger.factors, own, state.share))
-    return moves, others
+        return own, _beside(block, stranger.factors, own, state.share)
+
+    moves, others = zip(*pool.map(answer, blocks, state.strangers), strict=True)
+    found: Beside | None = None
+    for _ in range(MEASURED):
+        reach = None if found is None else WIDE * found.sampling(0.95)
+        found = _jackknifed(state.weights, *_slopes(blocks, state, moves, others, noise, reach, pool))
+        if found is None:
+            return None
+    return found
 
 
 def _slopes(
     blocks: Sequence[Block],
     state: _State,
-    moves: Moves,
+    moves: Sequence[_Moves],
     others: Sequence[FloatArray],
     noise: float,
     reach: FloatArray | None,
+    pool: ThreadPoolExecutor,
 ) -> tuple[FloatArray, FloatArray]:
     """Return minus the slope of each tensor's score, shape (T, P, P), over `reach`, and the scores, shape (T, P)."""
 
     def scores(step: FloatArray) -> FloatArray:
         moved = _moved(state, moves, step)
-        return np.array([
-            other @ seen(block, stranger, moved.weights, moved.share, noise).score.ravel()
-            for block, stranger, other in zip(blocks, moved.strangers, others, strict=True)
-        ])  # fmt: skip
+
+        def look(block: Block, stranger: Stranger, other: FloatArray) -> FloatArray:
+            found: FloatArray = other @ seen(block, stranger, moved.weights, moved.share, noise).score.ravel()
+            return found
+
+        return np.array(list(pool.map(look, blocks, moved.strangers, others)))
 
     here = scores(np.zeros(len(state.weights)))
     if reach is None:
@@ -345,16 +374,16 @@ def _first_reach(
     return np.asarray(2.0 * np.sqrt(np.diagonal(inverse @ (spread.T @ spread) @ inverse)))
 
 
-def _jackknifed(weights: FloatArray, slopes: FloatArray, scores: FloatArray) -> tuple[FloatArray, Beside | None]:
-    """Return the step to where the score is zero, and the weights with errors by leaving out a tensor at a time."""
+def _jackknifed(weights: FloatArray, slopes: FloatArray, scores: FloatArray) -> Beside | None:
+    """Return the weights with errors by leaving out a tensor at a time; None if nothing is known of one of them."""
     slope, score = slopes.sum(axis=0), scores.sum(axis=0)
     step = np.linalg.lstsq(slope, score, rcond=1e-12)[0]
     known = np.clip(np.diagonal(slopes, axis1=1, axis2=2), 0.0, None)
     if not (known.sum(axis=0) > 0.0).all():
-        return step, None
+        return None
     shares = known / known.sum(axis=0)
     without = [
         np.linalg.lstsq(slope - own, score - pull, rcond=1e-12)[0] for own, pull in zip(slopes, scores, strict=True)
     ]
     errors = np.sqrt(((1.0 - shares) * (np.array(without) - step) ** 2).sum(axis=0))
-    return step, Beside(weights, errors, 1.0 / (shares**2).sum(axis=0) - 1.0, np.zeros(len(weights)))
+    return Beside(weights, errors, 1.0 / (shares**2).sum(axis=0) - 1.0, np.zeros(len(weights)))
