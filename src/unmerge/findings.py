@@ -52,6 +52,8 @@ NEGLIGIBLE = 1e-4
 """The same, up to which nothing is left to look at."""
 CLEARLY = 0.1
 """The same where nothing needs to be estimated exactly to see it."""
+APART = 0.1
+"""Difference between two estimates of a weight from which the interval holds them both."""
 WEAK = "signs of it, too weak to be sure"
 ONE_OF_GROUP = "it or a version of it is present; which one cannot be told"
 LEVEL = 0.95
@@ -512,13 +514,16 @@ def _beside(
     share = total.select(chosen).residual_energy(found.weights) / total.energy
     floor, way = _floor(regression, list(seen.values()), found.weights, share)
     bounds = found.intervals(LEVEL, signed=signed)
-    intervals = tuple(_spanning(_pair(row), rough) for row, rough in zip(bounds, estimate.intervals, strict=True))
+    intervals = tuple(
+        _spanning(_pair(row), rough) if gap > APART else _pair(row)
+        for row, rough, gap in zip(bounds, estimate.intervals, np.abs(found.weights - estimate.weights), strict=True)
+    )
     return _Estimate(found.weights, intervals, share, floor, way, estimate.places)
 
 
 def _spanning(fine: tuple[float, float] | None, rough: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return the finer one of two intervals, or what holds both if they contradict each other."""
-    if fine is None or rough is None or (fine[0] <= rough[1] and rough[0] <= fine[1]):
+    """Return what holds both intervals, where both are known."""
+    if fine is None or rough is None:
         return fine
     return min(fine[0], rough[0]), max(fine[1], rough[1])
 
