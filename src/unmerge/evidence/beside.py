@@ -55,8 +55,8 @@ WIDE = 4.0
 CAUTION = 1.5
 """Factor on the intervals. Tensors do not differ by what the errors of the stranger do to all of them alike. Chosen on
 merges of known weights, drawn apart from those of the benchmark."""
-NEAR, CROWDED = 0.03, 0.15
-"""Share of sums so near to a wall of their cell, in spacings, from which the first drifts count; by chance it is 0.06.
+NEAR, CROWDED = 0.05, 0.2
+"""Share of sums so near to a wall of their cell, in spacings, from which the first drifts count; by chance it is 0.1.
 Of two weights in nearly simple proportion, half of the sums lie at walls: the wrong ones may explain them as well."""
 FIRST_DRIFT = 1
 """The level from which drift is then counted."""
