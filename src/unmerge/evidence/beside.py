@@ -52,9 +52,10 @@ INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
 WIDE = 4.0
 """Standard errors over which slopes are measured the second time."""
-CAUTION = 1.5
-"""Factor on the intervals. Tensors do not differ by what the errors of the stranger do to all of them alike. Chosen on
-merges of known weights, drawn apart from those of the benchmark."""
+CAUTION, COARSE = 1.5, 0.5
+"""What is added to a factor of 1 on the intervals if a step of the grid is half as large as the stranger's changes, or
+larger; less where steps are finer. Tensors do not differ by what the errors of the stranger do to all of them alike,
+and those come from rounding. Measured on merges of known weights."""
 NEAR, CROWDED = 0.05, 0.2
 """Share of sums so near to a wall of their cell, in spacings, from which the first drifts count; by chance it is 0.1.
 Of two weights in nearly simple proportion, half of the sums lie at walls: the wrong ones may explain them as well."""
@@ -76,12 +77,15 @@ class Beside:
         Degrees of freedom of the errors.
     drift : array, shape (P,)
         How far the weights moved with the last changes of the noise.
+    coarseness : float
+        Steps of the grid over the stranger's changes, both in root mean square.
     """
 
     weights: FloatArray
     errors: FloatArray
     freedom: float
     drift: FloatArray
+    coarseness: float
 
     def sampling(self, level: float) -> FloatArray:
         """Return half of each Student interval."""
@@ -90,8 +94,9 @@ class Beside:
         return np.asarray(stdtrit(self.freedom, 0.5 + 0.5 * level) * self.errors)
 
     def half_widths(self, level: float) -> FloatArray:
-        """Return the same with the drift counted in, widened by `CAUTION`."""
-        return np.asarray(CAUTION * np.hypot(self.sampling(level), self.drift))
+        """Return the same with the drift counted in, widened by up to `CAUTION`."""
+        caution = 1.0 + CAUTION * min(1.0, self.coarseness / COARSE) ** 2
+        return np.asarray(caution * np.hypot(self.sampling(level), self.drift))
 
     def intervals(self, level: float, *, signed: bool) -> FloatArray:
         """Return Student's intervals, shape (P, 2)."""
@@ -130,7 +135,13 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
     if errors is None:
         return None
     drift = np.abs(last.weights - levels[min(steady, len(levels) - 2)].state.weights)
-    return Beside(last.weights, errors, len(blocks) - 1.0, drift)
+    return Beside(last.weights, errors, len(blocks) - 1.0, drift, _coarseness(blocks, last))
+
+
+def _coarseness(blocks: Sequence[Block], state: _State) -> float:
+    steps = sum(float(np.mean(block.spacing**2)) for block in blocks)
+    changes = sum(float(np.mean(stranger.factors.product**2)) for stranger in state.strangers)
+    return float(np.sqrt(steps / changes)) if changes > 0.0 else np.inf
 
 
 def _is_crowded(blocks: Sequence[Block], state: _State) -> bool:
