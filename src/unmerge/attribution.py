@@ -258,7 +258,8 @@ def open_question(
         check_device(device)
     origin = open_base(str(base), allow_pickle=allow_pickle)
     whole = exact or bounds is not None or top_k is not None
-    shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, allow_pickle=allow_pickle)
+    sampled = bounds is not None
+    shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, sampled=sampled, allow_pickle=allow_pickle)
     known = shelf.open_all() if shelf.large is None else None
     others = tuple(str(other) for other in other_bases)
     threads = workers or os.cpu_count() or 1

@@ -27,8 +27,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +48,18 @@ from unmerge.errors import CheckpointError, DictionaryError, UnmergeError
 from unmerge.sketch import Layout, Sketch, Sketches, sketch, stack
 from unmerge.task_vector import Delta, LowRank, TaskVector, adapter_deltas, checkpoint_deltas
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
 SCHEMA = "unmerge/dictionary/3"
 MANIFEST = "manifest.json"
 PRODUCTS = 128
 """Atoms of a dictionary whose inner products are kept: the first ones. A row for each of a thousand would be read by
 every answer and computed with every addition, and a target needs those of few."""
+_LATER = ""
+"""Digest of an adapter that is not yet known: it is computed while the adapter is sketched."""
+_AT_ONCE = 1 << 26
+"""Bytes that are hashed in one call."""
 _NAME = re.compile(r"[\w+-][\w.+-]*$")
 
 Start = Callable[[Plan], Callable[[int], None]]
@@ -184,8 +192,16 @@ def open_base(reference: str, *, allow_pickle: bool = False) -> Base:
     return Base(source, checkpoint, fingerprint.checkpoint_digest(checkpoint))
 
 
-def open_atom(reference: str, base: Base, *, name: str | None = None, allow_pickle: bool = False) -> Atom:
-    """Find an adapter or a full checkpoint and read what it changed (headers only).
+def open_atom(
+    reference: str,
+    base: Base,
+    *,
+    name: str | None = None,
+    digest: str | None = None,
+    sampled: bool = False,
+    allow_pickle: bool = False,
+) -> Atom:
+    """Find an adapter or a full checkpoint and read what it changed.
 
     Parameters
     ----------
@@ -193,6 +209,8 @@ def open_atom(reference: str, base: Base, *, name: str | None = None, allow_pick
         A path or Hub id, or ``NAME=PATH``.
     name : str, optional
         What to call it, over the reference's own name.
+    digest, sampled
+        See `read_task_vector`.
 
     Raises
     ------
@@ -206,14 +224,27 @@ def open_atom(reference: str, base: Base, *, name: str | None = None, allow_pick
         raise DictionaryError(
             f"{reference}: {label!r} cannot be an atom's name (letters, digits, _ . + -); use NAME=PATH"
         )
-    vector, kind = read_task_vector(source.path, base, label, allow_pickle=allow_pickle)
+    vector, kind = read_task_vector(source.path, base, label, digest=digest, sampled=sampled, allow_pickle=allow_pickle)
     return Atom(vector, source, kind)
 
 
 def read_task_vector(
-    path: Path, base: Base, label: str, *, allow_pickle: bool = False
+    path: Path,
+    base: Base,
+    label: str,
+    *,
+    digest: str | None = None,
+    sampled: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[TaskVector, Literal["adapter", "checkpoint"]]:
-    """Read what a fine-tune changed against the base; headers and samples only.
+    """Read what a fine-tune changed against the base: headers, samples of a checkpoint, and all of an adapter.
+
+    Parameters
+    ----------
+    digest : str, optional
+        Taken for that of an adapter, whose values are then not read.
+    sampled : bool
+        Give an adapter a digest of a few of its values, as checkpoints always have.
 
     Raises
     ------
@@ -224,7 +255,9 @@ def read_task_vector(
         adapter = open_adapter(path, allow_pickle=allow_pickle)
         deltas, skipped, notices = adapter_deltas(adapter, base.checkpoint, label)
         notices = (*notices, *_other_base(adapter.base_reference, base.source))
-        return TaskVector(label, fingerprint.adapter_digest(adapter), deltas, skipped, notices), "adapter"
+        if digest is None:
+            digest = (fingerprint.sampled_adapter_digest if sampled else fingerprint.adapter_digest)(adapter)
+        return TaskVector(label, digest, deltas, skipped, notices), "adapter"
     if path.is_dir():
         _refuse_nested_adapter(path)
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
@@ -357,7 +390,7 @@ def build(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DictionaryError(f"{path}: already exists; choose another folder, or add to it with `dictionary add`")
     base = open_base(base_reference, allow_pickle=allow_pickle)
-    atoms = [open_atom(reference, base, allow_pickle=allow_pickle) for reference in references]
+    atoms = _open_new(references, base, PRODUCTS, allow_pickle=allow_pickle)
     known = combine(base, atoms[:PRODUCTS], workers=workers, start=start)
     check_names([atom.name for atom in atoms])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,15 +425,23 @@ def add(
     """
     base = open_base(base_reference, allow_pickle=allow_pickle)
     entries = _entries_on(path, base)
-    atoms = [open_atom(reference, base, allow_pickle=allow_pickle) for reference in references]
+    room = max(0, PRODUCTS - len(entries)) if all(entry["gram_sha256"] for entry in entries) else 0
+    atoms = _open_new(references, base, room, allow_pickle=allow_pickle)
     check_names([*(entry["name"] for entry in entries), *(atom.name for atom in atoms)])
-    room = PRODUCTS - len(entries) if all(entry["gram_sha256"] for entry in entries) else 0
     known = Dictionary((), {})
     if room > 0:
         opened = open_dictionary(path, base, allow_pickle=allow_pickle)
         known = combine(base, atoms[:room], known=opened, workers=workers, start=start)
     _write(path, base, entries, atoms, known, workers=workers)
     return tuple(atom.name for atom in atoms)
+
+
+def _open_new(references: Sequence[str], base: Base, room: int, *, allow_pickle: bool) -> list[Atom]:
+    """Open atoms; adapters for whose inner products, which are ordered by digest, there is no room are hashed later."""
+    return [
+        open_atom(reference, base, digest=None if place < room else _LATER, allow_pickle=allow_pickle)
+        for place, reference in enumerate(references)
+    ]
 
 
 def _write(
@@ -446,27 +487,25 @@ def _row(known: Dictionary, position: int) -> dict[str, FloatArray] | None:
 def _write_atom(
     path: Path, atom: Atom, layout: Layout, row: Mapping[str, FloatArray] | None, *, workers: int
 ) -> dict[str, Any]:
-    """Write what is kept of an atom, and return its entry; an adapter is copied while it is sketched."""
+    """Write what is kept of an atom, and return its entry; an adapter is copied and hashed while it is sketched."""
     from concurrent.futures import ThreadPoolExecutor
 
     copy = path / "atoms" / atom.name
     with ThreadPoolExecutor(1) as pool:
-        copied = pool.submit(_copy_adapter, atom.source.path, copy) if atom.kind == "adapter" else None
+        digest = _copied(atom, copy, pool) if atom.kind == "adapter" else None
         try:
             found = _sketch(atom, layout, row, workers=workers)
         except UnmergeError:
-            if copied:
-                copied.exception()
+            if digest:
+                digest.exception()
                 shutil.rmtree(copy)
             raise
-        if copied:
-            copied.result()
     _save(_sketch_file(path, atom.name), found.tensors)
     if row is not None:
         _save(_products_file(path, atom.name), row)
     if atom.kind == "checkpoint":
         _save(_directions_file(path, atom.name), _factors(directions(atom.vector, workers=workers)))
-    return _entry(path, atom, has_row=row is not None)
+    return _entry(path, atom, digest.result() if digest else atom.vector.digest, has_row=row is not None)
 
 
 def _sketch(atom: Atom, layout: Layout, row: Mapping[str, FloatArray] | None, *, workers: int) -> Sketch:
@@ -507,6 +546,32 @@ def _factors(vector: TaskVector) -> dict[str, NDArray[np.float32]]:
     return {name: factor.astype(np.float32) for name, factor in (left | right).items()}
 
 
+def _copied(atom: Atom, copy: Path, pool: ThreadPoolExecutor) -> Future[str]:
+    """Copy an adapter in a pool of one thread, and return its digest to come.
+
+    It is hashed there too, in few calls: a thread that often asks for the interpreter waits for it.
+    """
+    done = pool.submit(_copy_adapter, atom.source.path, copy)
+    if atom.vector.digest != _LATER:
+
+        def known() -> str:
+            done.result()
+            return atom.vector.digest
+
+        return pool.submit(known)
+    digest = hashlib.sha256()
+    pieces: list[bytes | memoryview] = []
+    # It was opened before, so it may be opened.
+    for piece in fingerprint.adapter_pieces(open_adapter(atom.source.path, allow_pickle=True)):
+        pieces.append(piece)
+        if sum(map(len, pieces)) > _AT_ONCE:
+            done.result()
+            done, pieces = pool.submit(digest.update, b"".join(pieces)), []
+    done.result()
+    pool.submit(digest.update, b"".join(pieces))
+    return pool.submit(digest.hexdigest)
+
+
 def _copy_adapter(source: Path, destination: Path) -> None:
     shutil.rmtree(destination, ignore_errors=True)  # left by a run that was stopped before its manifest
     destination.mkdir(parents=True)
@@ -515,11 +580,11 @@ def _copy_adapter(source: Path, destination: Path) -> None:
             shutil.copyfile(file, destination / file.name)
 
 
-def _entry(path: Path, atom: Atom, *, has_row: bool) -> dict[str, Any]:
+def _entry(path: Path, atom: Atom, digest: str, *, has_row: bool) -> dict[str, Any]:
     return {
         "name": atom.name,
         "kind": atom.kind,
-        "digest": atom.vector.digest,
+        "digest": digest,
         "reference": atom.source.reference,
         "commit": atom.source.commit,
         "path": None if atom.kind == "adapter" or atom.source.commit else str(atom.source.path.resolve()),
@@ -600,21 +665,19 @@ def manifest_base(manifest: Mapping[str, Any]) -> str:
     return f"{reference.partition('@')[0]}@{commit}" if commit else reference
 
 
-_TEXTS = ("name", "digest", "reference", "sketch_sha256")
-_CHOICES = ("gram_sha256", "directions_sha256")
+_TEXTS = itemgetter("name", "digest", "reference", "sketch_sha256")
 
 
 def _is_entry(entry: Any) -> bool:
-    # A few dictionary look-ups: a thousand entries are checked with every answer.
-    if not isinstance(entry, dict) or any(type(entry.get(key)) is not str for key in _TEXTS):
+    # A thousand entries are checked with every answer.
+    try:
+        texts, gram, leading = _TEXTS(entry), entry["gram_sha256"], entry["directions_sha256"]
+    except (KeyError, TypeError):
         return False
-    gram, leading = (entry.get(key, False) for key in _CHOICES)
-    return (
-        entry.get("kind") in {"adapter", "checkpoint"}
-        and (gram is None or type(gram) is str)
-        and (type(leading) is str if entry["kind"] == "checkpoint" else leading is None)
-        and bool(_NAME.match(entry["name"]))
-    )
+    if set(map(type, texts)) != {str} or not (gram is None or type(gram) is str) or not _NAME.match(texts[0]):
+        return False
+    kind = entry.get("kind")
+    return type(leading) is str if kind == "checkpoint" else kind == "adapter" and leading is None
 
 
 def _entries_on(path: Path, base: Base) -> list[dict[str, Any]]:
@@ -769,9 +832,9 @@ def _open_entry(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickl
     name, commit = entry["name"], entry.get("commit")
     if entry["kind"] == "adapter":
         copy = path / "atoms" / name
-        vector, _ = read_task_vector(copy, base, name, allow_pickle=allow_pickle)
         # The digest is trusted here (verify() checks it): hashing a thousand adapters would cost reading them.
-        return Atom(replace(vector, digest=entry["digest"]), Source(entry["reference"], copy, commit), "adapter")
+        vector, _ = read_task_vector(copy, base, name, digest=entry["digest"], allow_pickle=allow_pickle)
+        return Atom(vector, Source(entry["reference"], copy, commit), "adapter")
     reference = f"{entry['reference'].partition('@')[0]}@{commit}" if commit else entry.get("path")
     if not isinstance(reference, str):
         raise DictionaryError(f"{path / MANIFEST}: atom {name!r} has neither a path nor a commit")

@@ -53,7 +53,7 @@ NEGLIGIBLE = 1e-4
 CLEARLY = 0.1
 """The same where nothing needs to be estimated exactly to see it."""
 APART = 0.1
-"""Difference between two estimates of a weight from which the finer one is not believed."""
+"""Difference between two estimates of a weight from which the interval holds them both."""
 WEAK = "signs of it, too weak to be sure"
 ONE_OF_GROUP = "it or a version of it is present; which one cannot be told"
 LEVEL = 0.95
@@ -209,7 +209,8 @@ def _examine(
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
     estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
     if estimate.rough and len(certain) == len(kept):
-        estimate = _beside(regression, estimate, blocks(regression, target, base, kept), seen, signed=solver.signed)
+        met = blocks(regression, target, base, kept)
+        estimate = _beside(regression, estimate, met, seen, signed=solver.signed, workers=workers)
     unknown = _unknown(regression, kept, estimate, seen)
     for atom in kept:
         if findings[atom].present:
@@ -503,16 +504,28 @@ def _beside(
     seen: Mapping[str, Corner],
     *,
     signed: bool,
+    workers: int,
 ) -> _Estimate:
     """Improve rough weights if what is beside the atoms is one stored fine-tune of low rank."""
-    found = beside_stranger(kept, estimate.weights)
-    if found is None or np.abs(found.weights - estimate.weights).max() > APART:
+    found = beside_stranger(kept, estimate.weights, workers=workers)
+    if found is None:
         return estimate
     total, chosen = regression.total, np.asarray(list(estimate.places), dtype=np.intp)
     share = total.select(chosen).residual_energy(found.weights) / total.energy
     floor, way = _floor(regression, list(seen.values()), found.weights, share)
     bounds = found.intervals(LEVEL, signed=signed)
-    return _Estimate(found.weights, tuple(_pair(row) for row in bounds), share, floor, way, estimate.places)
+    intervals = tuple(
+        _spanning(_pair(row), rough) if gap > APART else _pair(row)
+        for row, rough, gap in zip(bounds, estimate.intervals, np.abs(found.weights - estimate.weights), strict=True)
+    )
+    return _Estimate(found.weights, intervals, share, floor, way, estimate.places)
+
+
+def _spanning(fine: tuple[float, float] | None, rough: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return what holds both intervals, where both are known."""
+    if fine is None or rough is None:
+        return fine
+    return min(fine[0], rough[0]), max(fine[1], rough[1])
 
 
 def _exact(

@@ -21,6 +21,8 @@ from unmerge.errors import AlignmentError
 
 SAMPLED_VALUES = 8192
 """Values read per tensor, in at most 8 runs of rows spread over it."""
+MATRICES = 32
+"""Matrices that tell whether two models have one base."""
 _RUNS = 8
 _LOWEST_COSINE = 0.5
 _ADAPTER_KEYS = ("alpha_pattern", "fan_in_fan_out", "lora_alpha", "peft_type", "r", "rank_pattern", "use_dora",
@@ -48,12 +50,28 @@ def remote_digest(checkpoint: Checkpoint, commit: str) -> str:
 def adapter_digest(adapter: Adapter) -> str:
     """Return a hex SHA-256 over every stored value of an adapter and the options that give them meaning."""
     digest = hashlib.sha256()
-    options = {key: adapter.config.get(key) for key in _ADAPTER_KEYS}
-    digest.update(json.dumps(options, sort_keys=True).encode())
-    for name, tensor in _adapter_tensors(adapter):
-        digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
-        digest.update(np.ascontiguousarray(tensor.read(0, matrix_shape(tensor.shape)[0])).data)
+    for piece in adapter_pieces(adapter):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def sampled_adapter_digest(adapter: Adapter) -> str:
+    """Return a hex SHA-256 over names, types, shapes and one run of values of every tensor of an adapter."""
+    digest = hashlib.sha256(b"sampled\0")
+    for name, tensor in _adapter_tensors(adapter):
+        rows, columns = matrix_shape(tensor.shape)
+        digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
+        digest.update(np.ascontiguousarray(tensor.read(0, min(rows, max(1, SAMPLED_VALUES // columns)))).data)
+    return digest.hexdigest()
+
+
+def adapter_pieces(adapter: Adapter) -> Iterator[bytes | memoryview]:
+    """Yield what `adapter_digest` is computed of, in order."""
+    options = {key: adapter.config.get(key) for key in _ADAPTER_KEYS}
+    yield json.dumps(options, sort_keys=True).encode()
+    for name, tensor in _adapter_tensors(adapter):
+        yield f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode()
+        yield np.ascontiguousarray(tensor.read(0, matrix_shape(tensor.shape)[0])).data.cast("B")
 
 
 def _adapter_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
@@ -75,19 +93,19 @@ def sampled_rows(tensor: Tensor) -> list[tuple[int, int]]:
     return [(int(start), int(start) + length) for start in starts]
 
 
-def weight_cosine(alignment: Alignment, most: int | None = None) -> float:
+def weight_cosine(alignment: Alignment, most: int = MATRICES) -> float:
     """Return the cosine between the sampled matrices of a model and its base; 1.0 if there are none.
 
     Vectors (norms) are left out: they are close to one in every model.
 
     Parameters
     ----------
-    most : int, optional
-        Look at this many matrices only, spread over the model.
+    most : int
+        Look at this many matrices at most, spread over the model.
     """
     dot = ours = theirs = 0.0
     pairs = [pair for pair in alignment.pairs.values() if min(matrix_shape(pair.base.shape)) > 1]
-    places = range(len(pairs)) if most is None else np.unique(np.linspace(0, len(pairs) - 1, most).astype(int))
+    places = np.unique(np.linspace(0, len(pairs) - 1, most).astype(int))
     for pair in (pairs[place] for place in places if pairs):
         for start, stop in sampled_rows(pair.base):
             x, y = _both(pair.base, pair.other, start, min(stop, pair.rows))
@@ -103,7 +121,7 @@ def _both(first: Tensor, second: Tensor, start: int, stop: int) -> tuple[FloatAr
     return x[finite], y[finite]
 
 
-def check_same_base(alignment: Alignment, label: str, most: int | None = None) -> None:
+def check_same_base(alignment: Alignment, label: str, most: int = MATRICES) -> None:
     """Refuse a model whose weights are unrelated to the base's.
 
     Fine-tunes and merges stay within a few percent of their base; independently trained models of one
@@ -111,7 +129,7 @@ def check_same_base(alignment: Alignment, label: str, most: int | None = None) -
 
     Parameters
     ----------
-    most : int, optional
+    most : int
         See `weight_cosine`.
 
     Raises

@@ -218,13 +218,24 @@ class Stack:
     right: FloatArray32
 
     @classmethod
-    def read(cls, changes: Mapping[int, LowRank], start: int, stop: int, columns: int) -> Stack:
-        """Read the factors in the given order; rows that a change does not have are zero."""
+    def read(
+        cls, changes: Mapping[int, LowRank], start: int, stop: int, columns: int, memory: FloatArray32 | None = None
+    ) -> Stack:
+        """Read the factors in the given order; rows that a change does not have are zero.
+
+        Parameters
+        ----------
+        memory : array of float32, shape (at least the size of both factors,), optional
+            Where to put them.
+        """
         ends = np.cumsum([0, *(delta.rank for delta in changes.values())])
         places = {i: slice(int(ends[k]), int(ends[k + 1])) for k, i in enumerate(changes)}
-        scales = np.zeros(ends[-1])
-        left = np.zeros((stop - start, ends[-1]), np.float32)
-        right = np.empty((ends[-1], columns), np.float32)
+        scales, total, rows = np.zeros(ends[-1]), int(ends[-1]), stop - start
+        if memory is None:
+            memory = np.empty(total * (rows + columns), np.float32)
+        left = memory[: total * rows].reshape(rows, total)
+        right = memory[total * rows : total * (rows + columns)].reshape(total, columns)
+        left.fill(0.0)
         for i, delta in changes.items():
             scales[places[i]] = delta.scale
             last = max(start, min(stop, delta.shape[0]))

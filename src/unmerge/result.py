@@ -23,7 +23,8 @@ class ModelReference(_Model):
     reference: str = Field(description="As the user gave it.")
     commit: str | None = Field(description="Hub commit it was resolved to; null for local files.")
     digest: str = Field(
-        description="SHA-256 over names, shapes and sampled weights, whatever the layout; over the commit in place of "
+        description="SHA-256 over names, shapes and weights, whatever the layout: sampled weights of a checkpoint, all "
+        "of an adapter, or one run of each of its tensors if only a sample was to be read; the commit in place of "
         "weights if a Hub model was not downloaded."
     )
     kind: Literal["checkpoint", "adapter"] = Field(description="Full model, or PEFT adapter.")

@@ -82,13 +82,23 @@ class Shelf:
     allow_pickle: bool
 
     @classmethod
-    def of(cls, references: Sequence[str], base: Base, *, whole: bool = False, allow_pickle: bool = False) -> Shelf:
+    def of(
+        cls,
+        references: Sequence[str],
+        base: Base,
+        *,
+        whole: bool = False,
+        sampled: bool = False,
+        allow_pickle: bool = False,
+    ) -> Shelf:
         """Look at what was named as atoms; atoms of large dictionaries are not opened.
 
         Parameters
         ----------
         whole : bool
             All atoms will be wanted, however many there are.
+        sampled : bool
+            Only parts of them will be read; see `open_atom`.
 
         Raises
         ------
@@ -100,7 +110,7 @@ class Shelf:
         places = {reference: Path(split_name(reference)[1]) for reference in references}
         paths = tuple(path for path in places.values() if is_dictionary(path))
         extra = tuple(
-            open_atom(reference, base, allow_pickle=allow_pickle)
+            open_atom(reference, base, sampled=sampled, allow_pickle=allow_pickle)
             for reference in references
             if places[reference] not in paths
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,41 +112,60 @@ def sketch(vector: TaskVector, layout: Layout, known: Mapping[str, float] | None
 
     from threadpoolctl import threadpool_limits
 
+    memory = _Memory()
+
     def look(name: str) -> tuple[float, FloatArray]:
         delta = vector.deltas[name]
-        return _look(name, delta, layout.shapes.get(name, delta.shape), (known or {}).get(name))
+        shape, energy = layout.shapes.get(name, delta.shape), (known or {}).get(name)
+        if isinstance(delta, LowRank):
+            return _low_rank(name, delta, shape, energy, memory)
+        return _energy(delta, shape) if energy is None else energy, on_grid(name, delta, shape)
 
     names = sorted(vector.deltas)
+    low_rank = [name for name in names if isinstance(vector.deltas[name], LowRank)]
+    others = [name for name in names if name not in set(low_rank)]
     # One BLAS thread: sums of a threaded product would depend on the number of cores.
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        seen = dict(zip(names, pool.map(look, names), strict=True))
+    with threadpool_limits(limits=1, user_api="blas"):
+        seen = {name: look(name) for name in low_rank}  # too short for threads, which would wait for each other
+        with ThreadPoolExecutor(workers) as pool:
+            seen.update(zip(others, pool.map(look, others), strict=True))
     energies = np.array([seen[name][0] if name in seen else 0.0 for name in layout.shapes] + [0.0])
-    energies[-1] = sum(energy for name, (energy, _) in seen.items() if name not in layout.shapes)
+    energies[-1] = sum(energy for name, (energy, _) in sorted(seen.items()) if name not in layout.shapes)
     held = [name for name, changed in zip(layout.shapes, layout.changed(energies), strict=True) if changed]
     parts = [seen[name][1].ravel() for name in held]
     return Sketch(np.concatenate([*parts, np.zeros(0)]).astype(np.float32), energies)
 
 
-def _look(name: str, delta: Delta, shape: tuple[int, int], known: float | None) -> tuple[float, FloatArray]:
+@dataclass(slots=True, eq=False)
+class _Memory:
+    """For the factors of one tensor after the other: fresh pages take longer than what is put there."""
+
+    values: FloatArray32 = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def factors(self, delta: LowRank, shape: tuple[int, int]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """Return both factors without the scale; those of large tensors in float32, whose products are good to 1e-6."""
+        if not float32.applies([delta], shape[0] * shape[1]):
+            return delta.left(0, shape[0]), delta.right()
+        size = delta.rank * sum(shape)
+        if len(self.values) < size:
+            self.values = np.empty(size, np.float32)
+        found = float32.Stack.read({0: delta}, 0, *shape, self.values)
+        return found.left, found.right
+
+
+def _low_rank(
+    name: str, delta: LowRank, shape: tuple[int, int], energy: float | None, memory: _Memory
+) -> tuple[float, FloatArray]:
     """Return the energy of a change of a tensor of this shape, and its values on the grid, scaled."""
-    if not isinstance(delta, LowRank):
-        return _energy(delta, shape) if known is None else known, on_grid(name, delta, shape)
-    left, right = _factors(delta, shape)
-    energy = known
+    left, right = memory.factors(delta, shape)
     if energy is None:
         inner, outer = (left.T @ left).astype(np.float64), (right @ right.T).astype(np.float64)
         energy = delta.scale**2 * float(np.sum(inner * outer))
+    if min(shape) < 2:
+        return energy, np.zeros((0, 0))
     rows, columns = grid(name, shape)
     found = left[rows].astype(np.float64) @ right[:, columns].astype(np.float64)
     return energy, found * (delta.scale * _scale(shape))
-
-
-def _factors(delta: LowRank, shape: tuple[int, int]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Return both factors without the scale; those of large tensors in float32, whose products are good to 1e-6."""
-    if not float32.applies([delta], shape[0] * shape[1]):
-        return delta.left(0, shape[0]), delta.right()
-    found = float32.Stack.read({0: delta}, 0, *shape)
-    return found.left, found.right
 
 
 def _energy(delta: Delta, shape: tuple[int, int]) -> float:

@@ -6,16 +6,18 @@ stranger are fitted by maximum likelihood (`lattice`), by turns: the stranger's 
 weights by a step that the stranger follows along its tangents, so that neither takes what is the other's. The
 stranger's weight is what the others lack to 1, which fixes its scale.
 
-Arithmetic is first taken to be noisy, which makes the likelihood smooth, then precise, as mergekit's ``linear`` is:
-noise that is not there biases the weights. In the end the slope of the score is measured by moving the weights by
-their errors, since cells have walls that derivatives do not see. Errors are those of the delete-one-tensor jackknife,
-and how far the weights moved with the last change of the noise is counted as one more.
+Arithmetic is first taken to be noisy, which makes the likelihood smooth, then more and more precise while that is
+likelier, as mergekit's ``linear`` is: noise that is not there biases the weights. Cells have walls that derivatives do
+not see, so the slope of the score is measured by moving the weights by their errors; those are of the sandwich form,
+from how the scores of the tensors differ. How far the weights moved with the last change of the noise is counted as one
+more. Reference: White, Maximum likelihood estimation of misspecified models, 1982.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,12 +25,17 @@ from unmerge.evidence.lattice import Block, Seen, Stranger, seen
 from unmerge.evidence.low_rank import Factors, leading, refitted, tangents, variance
 from unmerge.statistics import FloatArray
 
-SCHEDULE = ((0.1, 4), (0.03, 3), (0.01, 3))
-"""Noise of the arithmetic, in spacings, and for how many turns."""
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+NOISES = (0.2, 0.1, 0.05, 0.025, 0.0125, 0.006, 0.003, 0.0015)
+"""Noise of the arithmetic, in spacings, one after the other."""
+TURNS = (3, 3, 2)
+"""How many turns at each of them; the last number stands for all further ones."""
+GAIN = 0.01
+"""A smaller part of the likelihood's logarithm is not worth another level of the noise."""
 SEARCHES = 2
 """Turns in which the stranger's directions are looked for; later they are refined."""
-POLISH = 2
-"""Steps with the measured slope."""
 LEAST = 0.02
 """Weight from which a stranger can be estimated."""
 LOW = 4
@@ -43,13 +50,17 @@ EVERY = 4
 """Of so many tensors one is looked at to find how long a step is best."""
 INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
-WIDE, BOLD = 2.0, 5.0
-"""Half intervals over which slopes are measured; and how many times that a polishing step may go."""
-CAUTION, COARSE = 1.75, 0.5
+WIDE = 4.0
+"""Standard errors over which slopes are measured the second time."""
+CAUTION, COARSE = 1.5, 0.5
 """What is added to a factor of 1 on the intervals if a step of the grid is half as large as the stranger's changes, or
-larger; less where steps are finer. The jackknife does not see what errors of the stranger do to all tensors alike, and
-those come from rounding. Measured on merges of known weights: without it, 53 of 65 intervals hold them where changes
-are 0.3 or 1 % of the weights, and 27 of 29 at 3 %."""
+larger; less where steps are finer. Tensors do not differ by what the errors of the stranger do to all of them alike,
+and those come from rounding. Measured on merges of known weights."""
+NEAR, CROWDED = 0.05, 0.2
+"""Share of sums so near to a wall of their cell, in spacings, from which the first drifts count; by chance it is 0.1.
+Of two weights in nearly simple proportion, half of the sums lie at walls: the wrong ones may explain them as well."""
+FIRST_DRIFT = 1
+"""The level from which drift is then counted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,25 +73,25 @@ class Beside:
         Of the known atoms.
     errors : array, shape (P,)
         Standard errors.
-    freedom : array, shape (P,)
+    freedom : float
         Degrees of freedom of the errors.
     drift : array, shape (P,)
-        How far the weights moved with the last change of the noise.
+        How far the weights moved with the last changes of the noise.
     coarseness : float
         Steps of the grid over the stranger's changes, both in root mean square.
     """
 
     weights: FloatArray
     errors: FloatArray
-    freedom: FloatArray
+    freedom: float
     drift: FloatArray
-    coarseness: float = 1.0
+    coarseness: float
 
     def sampling(self, level: float) -> FloatArray:
         """Return half of each Student interval."""
         from scipy.special import stdtrit
 
-        return np.asarray(stdtrit(np.maximum(self.freedom, 1.0), 0.5 + 0.5 * level) * self.errors)
+        return np.asarray(stdtrit(self.freedom, 0.5 + 0.5 * level) * self.errors)
 
     def half_widths(self, level: float) -> FloatArray:
         """Return the same with the drift counted in, widened by up to `CAUTION`."""
@@ -93,7 +104,7 @@ class Beside:
         return np.maximum(np.stack([self.weights - half, self.weights + half], axis=1), least)
 
 
-def beside_stranger(blocks: Sequence[Block], start: FloatArray) -> Beside | None:
+def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int = 1) -> Beside | None:
     """Fit the weights; None if what is beside the atoms is not one stored fine-tune of low rank.
 
     Parameters
@@ -102,33 +113,67 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray) -> Beside | None
         At least two, of different tensors.
     start : array, shape (P,)
         First estimates, a few hundredths from the truth.
+    workers : int
+        Blocks that are looked at at once; the result does not depend on it.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from threadpoolctl import threadpool_limits
+
     if not len(start) or len(blocks) < 2 or 1.0 - start.sum() < LEAST:
         return None
-    levels: list[_Level] = []
-    state: _State | None = _first(blocks, start.astype(np.float64))
-    for noise, turns in SCHEDULE:
-        state = None if state is None else _turns(blocks, state, noise, turns, searches=0 if levels else SEARCHES)
-        if state is None:
-            return None
-        level = _Level(noise, state, _likelihood(blocks, state, noise))
-        if levels and level.likelihood < levels[-1].likelihood:
-            break
-        levels.append(level)
-    if len(levels) < 2:
-        return None  # arithmetic was not precise, or nothing like this was merged
-    state = levels[-1].state
-    found = _polished(blocks, state, levels[-1].noise)
-    if found is None:
+    # One BLAS thread: sums of a threaded product would depend on the number of cores.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        levels = _levels(blocks, start.astype(np.float64), pool)
+        if levels is None or len(levels) < 2:
+            return None  # arithmetic was not precise, or nothing like this was merged
+        last = levels[-1].state
+        steady = FIRST_DRIFT if _is_crowded(blocks, last) else len(levels) - 2
+        # Walls may leave no slope where the noise is smallest.
+        found = (_errors_at(blocks, level, pool) for level in reversed(levels))
+        errors = next((one for one in found if np.isfinite(one).all()), None)
+    if errors is None:
         return None
-    drift = np.abs(found.weights - levels[-2].state.weights)
-    return replace(found, drift=drift, coarseness=_coarseness(blocks, state))
+    drift = np.abs(last.weights - levels[min(steady, len(levels) - 2)].state.weights)
+    return Beside(last.weights, errors, len(blocks) - 1.0, drift, _coarseness(blocks, last))
 
 
 def _coarseness(blocks: Sequence[Block], state: _State) -> float:
     steps = sum(float(np.mean(block.spacing**2)) for block in blocks)
     changes = sum(float(np.mean(stranger.factors.product**2)) for stranger in state.strangers)
     return float(np.sqrt(steps / changes)) if changes > 0.0 else np.inf
+
+
+def _is_crowded(blocks: Sequence[Block], state: _State) -> bool:
+    """Tell whether far more sums than by chance lie at the walls of their cells."""
+    close = count = 0
+    for block, stranger in zip(blocks, state.strangers, strict=True):
+        stored = np.rint(stranger.factors.product / block.spacing) * block.spacing
+        sums = np.tensordot(state.weights, block.changes, 1) + state.share * stored
+        depth = np.minimum(np.abs(sums - block.low), np.abs(block.high - sums))
+        close += int(np.count_nonzero(depth < NEAR * block.coarser))
+        count += depth.size
+    return close > CROWDED * count
+
+
+def _levels(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecutor) -> list[_Level] | None:
+    """Lower the noise while that is likelier; None if there is no stranger of low rank to be seen."""
+    levels: list[_Level] = []
+    state = _first(blocks, start)
+    for number, noise in enumerate(NOISES):
+        turns = TURNS[min(number, len(TURNS) - 1)]
+        better = _turns(blocks, state, noise, turns, pool, searches=0 if levels else SEARCHES)
+        if better is None:
+            return None
+        state = better
+        level = _Level(noise, state, _likelihood(blocks, state, noise, pool))
+        gain = level.likelihood - levels[-1].likelihood if levels else np.inf
+        if gain < 0.0:
+            break
+        levels.append(level)
+        if gain < GAIN * abs(level.likelihood):
+            break
+    return levels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,8 +198,8 @@ class _Level:
     likelihood: float
 
 
-Moves = Sequence[Sequence[tuple[FloatArray, FloatArray]]]
-"""How the stranger's factors answer to each weight, by tensor and weight."""
+_Moves = Sequence[tuple[FloatArray, FloatArray]]
+"""How the stranger's factors in one tensor answer to each weight."""
 
 
 def _first(blocks: Sequence[Block], weights: FloatArray) -> _State:
@@ -168,33 +213,41 @@ def _first(blocks: Sequence[Block], weights: FloatArray) -> _State:
     return _State(weights, tuple(strangers))
 
 
-def _turns(blocks: Sequence[Block], state: _State, noise: float, count: int, *, searches: int) -> _State | None:
+def _turns(
+    blocks: Sequence[Block], state: _State, noise: float, count: int, pool: ThreadPoolExecutor, *, searches: int
+) -> _State | None:
     """Improve an estimate; None if there is no stranger of low rank to be seen."""
     found: _State | None = state
     for turn in range(count):
-        found = None if found is None else _turn(blocks, found, noise, search=turn < searches)
+        found = None if found is None else _turn(blocks, found, noise, pool, search=turn < searches)
     return found
 
 
-def _turn(blocks: Sequence[Block], state: _State, noise: float, *, search: bool) -> _State | None:
+def _turn(
+    blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor, *, search: bool
+) -> _State | None:
     """Improve the strangers, then the weights; None if there is no stranger of low rank to be seen."""
-    strangers, moves, scores = [], [], []
-    for block, stranger in zip(blocks, state.strangers, strict=True):
+
+    def look(block: Block, stranger: Stranger) -> tuple[Stranger, _Moves, FloatArray] | None:
         found = seen(block, stranger, state.weights, state.share, noise)
         better, precision = _better(stranger, found, search=search)
         if not 0 < better.factors.rank <= min(better.error.shape) // LOW:
             return None
         own = _moves(block, better.factors, precision, state.share)
-        strangers.append(better)
-        moves.append(own)
-        scores.append(_beside(block, better.factors, own, state.share) * found.score.ravel())
+        return better, own, _beside(block, better.factors, own, state.share) * found.score.ravel()
+
+    looked = list(pool.map(look, blocks, state.strangers))
+    sound = [one for one in looked if one is not None]
+    if len(sound) < len(looked):
+        return None
+    strangers, moves, scores = zip(*sound, strict=True)
     gradient = sum((score.sum(axis=1) for score in scores), np.zeros(len(state.weights)))
     curvature = sum((score @ score.T for score in scores), np.zeros((len(gradient), len(gradient))))
     step = np.linalg.lstsq(curvature, gradient, rcond=1e-12)[0].clip(-LARGEST, LARGEST)
     # First steps are rough: a small stranger must not be stepped over.
     step = step * min(1.0, GIVEN_UP * state.share / max(float(step.sum()), 1e-30))
-    improved = _State(state.weights, tuple(strangers))
-    moved = _moved(improved, moves, step if search else _length(blocks, improved, moves, step, noise) * step)
+    improved = _State(state.weights, strangers)
+    moved = _moved(improved, moves, step if search else _length(blocks, improved, moves, step, noise, pool) * step)
     return moved if moved.share > LEAST else None
 
 
@@ -217,19 +270,17 @@ def _better(stranger: Stranger, found: Seen, *, search: bool) -> tuple[Stranger,
     return Stranger(factors, np.sqrt(own * max(1.0, growth * float(before.mean() / own.mean())))), precision
 
 
-def _moves(
-    block: Block, factors: Factors, precision: FloatArray, share: float
-) -> Sequence[tuple[FloatArray, FloatArray]]:
+def _moves(block: Block, factors: Factors, precision: FloatArray, share: float) -> _Moves:
     return tangents([precision * change / share for change in block.changes], precision, factors)
 
 
-def _beside(block: Block, factors: Factors, moves: Sequence[tuple[FloatArray, FloatArray]], share: float) -> FloatArray:
+def _beside(block: Block, factors: Factors, moves: _Moves, share: float) -> FloatArray:
     """Return the part of each atom that the stranger cannot take over, shape (P, n m)."""
     taken = [left @ factors.right.T + factors.left @ right.T for left, right in moves]
     return np.asarray((block.changes - share * np.array(taken)).reshape(len(block.changes), -1))
 
 
-def _moved(state: _State, moves: Moves, step: FloatArray, only: slice = slice(None)) -> _State:
+def _moved(state: _State, moves: Sequence[_Moves], step: FloatArray, only: slice = slice(None)) -> _State:
     """Move the weights; the stranger gives way and keeps its size in the merge."""
     weights = state.weights + step
     scale = state.share / max(1.0 - float(weights.sum()), 0.5 * LEAST)
@@ -241,13 +292,20 @@ def _moved(state: _State, moves: Moves, step: FloatArray, only: slice = slice(No
     return _State(weights, tuple(strangers))
 
 
-def _length(blocks: Sequence[Block], state: _State, moves: Moves, step: FloatArray, noise: float) -> float:
+def _length(
+    blocks: Sequence[Block],
+    state: _State,
+    moves: Sequence[_Moves],
+    step: FloatArray,
+    noise: float,
+    pool: ThreadPoolExecutor,
+) -> float:
     """Return how many times a step should be made, by doubling or halving while that is likelier."""
     some = slice(1, None, EVERY) if len(blocks) > EVERY else slice(None)
 
     def likelihood(times: float) -> float:
         moved = _moved(state, moves, times * step, some)
-        return _likelihood(blocks[some], moved, noise) if moved.share > LEAST else -np.inf
+        return _likelihood(blocks[some], moved, noise, pool) if moved.share > LEAST else -np.inf
 
     here, there, times = likelihood(0.0), likelihood(1.0), 1.0
     if there > here:
@@ -260,67 +318,50 @@ def _length(blocks: Sequence[Block], state: _State, moves: Moves, step: FloatArr
     return times
 
 
-def _likelihood(blocks: Sequence[Block], state: _State, noise: float) -> float:
-    return sum(
-        seen(block, stranger, state.weights, state.share, noise).likelihood
-        for block, stranger in zip(blocks, state.strangers, strict=True)
-    )
+def _likelihood(blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor) -> float:
+    def look(block: Block, stranger: Stranger) -> float:
+        return seen(block, stranger, state.weights, state.share, noise).likelihood
+
+    return sum(pool.map(look, blocks, state.strangers))
 
 
-def _polished(blocks: Sequence[Block], state: _State, noise: float) -> Beside | None:
-    reach: FloatArray | None = None
-    answers: list[Beside] = []
-    for turn in range(POLISH + 1):
-        refined = _refined(blocks, state, noise) if turn else state
-        moves, others = _answering(blocks, refined, noise)
-        slopes, scores = _slopes(blocks, refined, moves, others, noise, reach)
-        step, answer = _jackknifed(refined.weights, slopes, scores)
-        if answer is None:
-            return None
-        answers.append(answer)
-        reach = WIDE * answer.sampling(0.95)
-        if turn < POLISH:
-            state = _moved(refined, moves, step.clip(-BOLD * reach, BOLD * reach))
-    # The slope is rough: of the last two errors the larger one.
-    errors = np.maximum(answers[-1].errors, answers[-2].errors)
-    return replace(answers[-1], errors=errors)
+def _errors_at(blocks: Sequence[Block], level: _Level, pool: ThreadPoolExecutor) -> FloatArray:
+    """Return standard errors of the weights at one level of the noise; infinite where nothing is known."""
+    state, noise = level.state, level.noise
 
-
-def _refined(blocks: Sequence[Block], state: _State, noise: float) -> _State:
-    strangers = [
-        _better(stranger, seen(block, stranger, state.weights, state.share, noise), search=False)[0]
-        for block, stranger in zip(blocks, state.strangers, strict=True)
-    ]
-    return _State(state.weights, tuple(strangers))
-
-
-def _answering(blocks: Sequence[Block], state: _State, noise: float) -> tuple[Moves, list[FloatArray]]:
-    moves, others = [], []
-    for block, stranger in zip(blocks, state.strangers, strict=True):
+    def answer(block: Block, stranger: Stranger) -> tuple[_Moves, FloatArray]:
         found = seen(block, stranger, state.weights, state.share, noise)
         precision = np.maximum(1.0 - found.variance / stranger.error**2, INFORMED) / stranger.error**2
         own = _moves(block, stranger.factors, precision, state.share)
-        moves.append(own)
-        others.append(_beside(block, stranger.factors, own, state.share))
-    return moves, others
+        return own, _beside(block, stranger.factors, own, state.share)
+
+    moves, others = zip(*pool.map(answer, blocks, state.strangers), strict=True)
+    rough = _errors(*_slopes(blocks, state, moves, others, noise, None, pool))
+    if not np.isfinite(rough).all():
+        return rough
+    # The slope is rough: of two errors the larger one.
+    return np.maximum(rough, _errors(*_slopes(blocks, state, moves, others, noise, WIDE * rough, pool)))
 
 
 def _slopes(
     blocks: Sequence[Block],
     state: _State,
-    moves: Moves,
+    moves: Sequence[_Moves],
     others: Sequence[FloatArray],
     noise: float,
     reach: FloatArray | None,
+    pool: ThreadPoolExecutor,
 ) -> tuple[FloatArray, FloatArray]:
     """Return minus the slope of each tensor's score, shape (T, P, P), over `reach`, and the scores, shape (T, P)."""
 
     def scores(step: FloatArray) -> FloatArray:
         moved = _moved(state, moves, step)
-        return np.array([
-            other @ seen(block, stranger, moved.weights, moved.share, noise).score.ravel()
-            for block, stranger, other in zip(blocks, moved.strangers, others, strict=True)
-        ])  # fmt: skip
+
+        def look(block: Block, stranger: Stranger, other: FloatArray) -> FloatArray:
+            found: FloatArray = other @ seen(block, stranger, moved.weights, moved.share, noise).score.ravel()
+            return found
+
+        return np.array(list(pool.map(look, blocks, moved.strangers, others)))
 
     here = scores(np.zeros(len(state.weights)))
     if reach is None:
@@ -345,16 +386,10 @@ def _first_reach(
     return np.asarray(2.0 * np.sqrt(np.diagonal(inverse @ (spread.T @ spread) @ inverse)))
 
 
-def _jackknifed(weights: FloatArray, slopes: FloatArray, scores: FloatArray) -> tuple[FloatArray, Beside | None]:
-    """Return the step to where the score is zero, and the weights with errors by leaving out a tensor at a time."""
-    slope, score = slopes.sum(axis=0), scores.sum(axis=0)
-    step = np.linalg.lstsq(slope, score, rcond=1e-12)[0]
-    known = np.clip(np.diagonal(slopes, axis1=1, axis2=2), 0.0, None)
-    if not (known.sum(axis=0) > 0.0).all():
-        return step, None
-    shares = known / known.sum(axis=0)
-    without = [
-        np.linalg.lstsq(slope - own, score - pull, rcond=1e-12)[0] for own, pull in zip(slopes, scores, strict=True)
-    ]
-    errors = np.sqrt(((1.0 - shares) * (np.array(without) - step) ** 2).sum(axis=0))
-    return step, Beside(weights, errors, 1.0 / (shares**2).sum(axis=0) - 1.0, np.zeros(len(weights)))
+def _errors(slopes: FloatArray, scores: FloatArray) -> FloatArray:
+    """Return standard errors from how the scores of the T tensors differ, by the slope of them all."""
+    slope, count = slopes.sum(axis=0), len(scores)
+    if not (np.diagonal(slope) > 0.0).all() or np.linalg.matrix_rank(slope) < len(slope):
+        return np.full(len(slope), np.inf)
+    moves = np.linalg.solve(slope, (scores - scores.mean(axis=0)).T).T
+    return np.asarray(np.sqrt(count / (count - 1.0) * (moves**2).sum(axis=0)))

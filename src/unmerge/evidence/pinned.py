@@ -25,6 +25,8 @@ from unmerge.statistics import FloatArray
 HALVINGS = 13
 """The smallest noise is that of `censored` halved so often: 1e-5 of a step of a 16-bit grid, what single precision is
 good for."""
+ROUGH, SOME = 4, 1 << 16
+"""Halvings before which so many elements are enough: their noise is above `EXACT`, so they only lead the weights on."""
 EXACT = 0.01
 """Noise up to which arithmetic counts as exact, in spacings."""
 STRAY = 1e-6
@@ -89,8 +91,10 @@ def pinned(tensors: Sequence[Cells], start: FloatArray) -> Pinned | None:
     found = []
     weights = start.astype(np.float64)
     for halving in range(HALVINGS + 1):
-        weights, point = _climb(walls, weights, ARITHMETIC * 0.5**halving)
-        found.append((ARITHMETIC * 0.5**halving, weights, point))
+        noise = ARITHMETIC * 0.5**halving
+        looked_at = walls.some(SOME) if halving < ROUGH else walls
+        weights, point = _climb(looked_at, weights, noise)
+        found.append((noise, weights, point.times(len(walls.low) / len(looked_at.low))))
     best = max(point.likelihood for _, _, point in found)
     place = next(place for place, (_, _, point) in enumerate(found) if point.likelihood >= best - SAME)
     noise, weights, _ = found[place]
@@ -109,6 +113,10 @@ class _Point:
     gradient: FloatArray
     curvature: FloatArray
 
+    def times(self, more: float) -> _Point:
+        """Return that of so many times the elements."""
+        return _Point(more * self.likelihood, more * self.gradient, more * self.curvature)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Walls:
@@ -125,6 +133,11 @@ class _Walls:
             np.concatenate([cells.low / cells.spacing for cells in tensors]),
             np.concatenate([cells.high / cells.spacing for cells in tensors]),
         )
+
+    def some(self, most: int) -> _Walls:
+        """Return about so many of them at most, evenly spread."""
+        step = max(1, len(self.low) // most)
+        return _Walls(self.changes[:, ::step], self.low[::step], self.high[::step])
 
     def depth(self, weights: FloatArray) -> FloatArray:
         """Return how far inside of its cell each sum is; negative outside."""
@@ -166,13 +179,23 @@ class _Walls:
 
 def _climb(walls: _Walls, weights: FloatArray, noise: float) -> tuple[FloatArray, _Point]:
     """Search for the likeliest weights by Newton's method, halving steps that lead down."""
-    here = walls.point(weights, noise)
+    start, nearby = weights, walls.near(weights, 2.0 * _DEEP * noise)
+    largest = np.abs(walls.changes).max(axis=1, initial=0.0)
+
+    def point(at: FloatArray) -> _Point:
+        # No sum moves further than this: what is not nearby stays deep inside of its cell.
+        moved = float(np.abs(at - start) @ largest)
+        return (nearby if moved < _DEEP * noise else walls).point(at, noise)
+
+    here = point(weights)
     for _ in range(STEPS):
         step = np.linalg.lstsq(here.curvature, here.gradient, rcond=1e-12)[0]
-        there = walls.point(weights + step, noise)
+        if 0.5 * float(step @ here.gradient) < NO_GAIN:
+            break
+        there = point(weights + step)
         while there.likelihood < here.likelihood and np.abs(step).max() > PRECISE:
             step = 0.5 * step
-            there = walls.point(weights + step, noise)
+            there = point(weights + step)
         gain = there.likelihood - here.likelihood
         if gain > 0.0:
             weights, here = weights + step, there

@@ -32,7 +32,7 @@ FEWEST = 48
 """With fewer, a seed could be found by chance."""
 CLEAN = 0.02
 """The share of observations that may contradict a seed at first: most masks are read without an error."""
-WRONG = 0.06
+WRONG = 0.05
 """The share that may, where no seed agrees with so few: wrongly decoded ones, and a density that is slightly off."""
 AGREES = 0.9
 """The share of a model's observations that its place in the order of the recipe must agree with."""
