@@ -179,3 +179,11 @@ def test_an_attribution_from_a_sample_says_so(shelf: Shelf) -> None:
 def test_what_does_not_go_with_a_sample_is_refused(shelf: Shelf, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnmergeError, match=message):
         attribute(shelf.path("merge"), shelf.paths("add"), base=shelf.base, budget="1MB", **options)
+
+
+def test_adapters_are_not_read_whole_for_their_digests(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attribute(shelf.path("merge"), shelf.paths("add", "json"), base=shelf.base)
+    monkeypatch.setattr("unmerge.fingerprint.adapter_digest", None)
+    found = attribute(shelf.path("merge"), shelf.paths("add", "json"), base=shelf.base, precision=0.5)
+    digests = [{item.name: item.source.digest for item in result.components} for result in (whole, found)]
+    assert all(digests[0][name] != digest for name, digest in digests[1].items())

@@ -37,6 +37,17 @@ def test_attribution_with_a_dictionary_equals_attribution_with_its_atoms(shelf: 
     assert stored.model_copy(update={"method": direct.method}) == direct
 
 
+def test_what_a_dictionary_holds_is_not_hashed_again(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "d", shelf.paths("xml", "add"), shelf.base)
+    hashed = [atom.vector.digest for atom in open_dictionary(tmp_path / "d", open_base(shelf.base)).atoms]
+    assert hashed == [open_atom(path, open_base(shelf.base)).vector.digest for path in shelf.paths("xml", "add")]
+    monkeypatch.setattr("unmerge.fingerprint.adapter_digest", None)
+    opened = open_dictionary(tmp_path / "d", open_base(shelf.base))
+    assert [atom.vector.digest for atom in opened.atoms] == hashed
+
+
 def test_adding_gives_the_gram_matrix_of_building_at_once(shelf: Shelf, tmp_path: Path) -> None:
     assert build(tmp_path / "whole", shelf.paths("add", "full", "sub", "xml"), shelf.base)[1] == "full"
     build(tmp_path / "grown", shelf.paths("add", "full"), shelf.base)

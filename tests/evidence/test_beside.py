@@ -31,22 +31,23 @@ def merges(
     rank: int = 4,
     dtype: torch.dtype = torch.float32,
     tensors: int = 6,
+    truth: FloatArray = TRUTH,
 ) -> tuple[list[Block], FloatArray]:
     """Blocks, and the weights that least squares finds, which the strangers and rounding shift."""
     rng = np.random.default_rng(seed)
-    found, products, pulls = [], np.zeros((2, 2)), np.zeros(2)
+    found, products, pulls = [], np.zeros((len(truth), len(truth))), np.zeros(len(truth))
     for _ in range(tensors):
         base = quantise(0.05 * rng.standard_normal(SHAPE), "BF16")
-        known = np.array([fine_tune(rng, base, share, 4) for _ in TRUTH])
+        known = np.array([fine_tune(rng, base, share, 4) for _ in truth])
         unknown = [fine_tune(rng, base, share, rank) for _ in strangers]
         merge = torch.zeros(SHAPE, dtype=dtype)
-        for change, weight in zip([*known, *unknown], [*TRUTH, *strangers], strict=True):
+        for change, weight in zip([*known, *unknown], [*truth, *strangers], strict=True):
             merge += torch.from_numpy(base + change).to(dtype) * torch.tensor(weight, dtype=dtype)
         stored = merge.bfloat16().double().numpy()
         low, high = BF16.cell(stored)
         spacing = BF16.spacing(base)
         found.append(Block(known, low - base, high - base, spacing, np.maximum(spacing, high - low)))
-        flat = known.reshape(2, -1)
+        flat = known.reshape(len(truth), -1)
         products += flat @ flat.T
         pulls += flat @ (stored - base).ravel()
     return found, np.asarray(np.linalg.solve(products, pulls))
@@ -67,6 +68,26 @@ def test_weights_are_in_their_intervals_and_near_the_truth(share: float) -> None
     assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / 4)
     assert np.mean(errors) < 0.2 * np.mean(plain)
     assert np.mean(errors) < 0.002
+
+
+@pytest.mark.parametrize("near", [0.503, 0.497])
+def test_of_nearly_equal_weights_too_much_is_not_claimed(near: float) -> None:
+    truth = np.array([near])
+    for seed in range(2):
+        blocks, start = merges(seed, 0.01, truth=truth, strangers=(1.0 - near,))
+        found = beside_stranger(blocks, start)
+        assert found is not None
+        # Half of the sums lie at walls, and wrong weights explain them nearly as well.
+        assert (np.abs(found.weights - truth) <= found.half_widths(0.95)).all()
+
+
+def test_do_not_depend_on_the_number_of_threads() -> None:
+    blocks, start = merges(3, 0.01)
+    one, two = beside_stranger(blocks, start), beside_stranger(blocks, start, workers=3)
+    assert one is not None
+    assert two is not None
+    assert one.weights.tobytes() == two.weights.tobytes()
+    assert one.half_widths(0.95).tobytes() == two.half_widths(0.95).tobytes()
 
 
 def test_do_not_depend_on_the_first_estimate() -> None:

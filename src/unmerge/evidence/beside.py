@@ -57,10 +57,8 @@ CAUTION, COARSE = 1.5, 0.5
 larger; less where steps are finer. Tensors do not differ by what the errors of the stranger do to all of them alike,
 and those come from rounding. Measured on merges of known weights."""
 NEAR, CROWDED = 0.05, 0.2
-"""Share of sums so near to a wall of their cell, in spacings, from which the first drifts count; by chance it is 0.1.
+"""Share of sums so near to a wall of their cell, in spacings, from which all drifts count; by chance it is 0.1.
 Of two weights in nearly simple proportion, half of the sums lie at walls: the wrong ones may explain them as well."""
-FIRST_DRIFT = 1
-"""The level from which drift is then counted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,13 +126,13 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
         if levels is None or len(levels) < 2:
             return None  # arithmetic was not precise, or nothing like this was merged
         last = levels[-1].state
-        steady = FIRST_DRIFT if _is_crowded(blocks, last) else len(levels) - 2
+        before = levels[0] if _is_crowded(blocks, last) else levels[-2]
         # Walls may leave no slope where the noise is smallest.
         found = (_errors_at(blocks, level, pool) for level in reversed(levels))
         errors = next((one for one in found if np.isfinite(one).all()), None)
     if errors is None:
         return None
-    drift = np.abs(last.weights - levels[min(steady, len(levels) - 2)].state.weights)
+    drift = np.abs(last.weights - before.state.weights)
     return Beside(last.weights, errors, len(blocks) - 1.0, drift, _coarseness(blocks, last))
 
 
