@@ -561,12 +561,14 @@ def _copied(atom: Atom, copy: Path, pool: ThreadPoolExecutor) -> Future[str]:
         return pool.submit(known)
     digest = hashlib.sha256()
     pieces: list[bytes | memoryview] = []
+    size = 0
     # It was opened before, so it may be opened.
     for piece in fingerprint.adapter_pieces(open_adapter(atom.source.path, allow_pickle=True)):
         pieces.append(piece)
-        if sum(map(len, pieces)) > _AT_ONCE:
+        size += len(piece)
+        if size > _AT_ONCE:
             done.result()
-            done, pieces = pool.submit(digest.update, b"".join(pieces)), []
+            done, pieces, size = pool.submit(digest.update, b"".join(pieces)), [], 0
     done.result()
     pool.submit(digest.update, b"".join(pieces))
     return pool.submit(digest.hexdigest)

@@ -56,22 +56,22 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def sampled_adapter_digest(adapter: Adapter) -> str:
-    """Return a hex SHA-256 over names, types, shapes and one run of values of every tensor of an adapter."""
+    """Return a hex SHA-256 over the same with one run of values of every tensor."""
     digest = hashlib.sha256(b"sampled\0")
-    for name, tensor in _adapter_tensors(adapter):
-        rows, columns = matrix_shape(tensor.shape)
-        digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
-        digest.update(np.ascontiguousarray(tensor.read(0, min(rows, max(1, SAMPLED_VALUES // columns)))).data)
+    for piece in adapter_pieces(adapter, SAMPLED_VALUES):
+        digest.update(piece)
     return digest.hexdigest()
 
 
-def adapter_pieces(adapter: Adapter) -> Iterator[bytes | memoryview]:
-    """Yield what `adapter_digest` is computed of, in order."""
+def adapter_pieces(adapter: Adapter, most: int | None = None) -> Iterator[bytes | memoryview]:
+    """Yield what `adapter_digest` is computed of, in order; with `most`, about so many values of each tensor."""
     options = {key: adapter.config.get(key) for key in _ADAPTER_KEYS}
     yield json.dumps(options, sort_keys=True).encode()
     for name, tensor in _adapter_tensors(adapter):
+        rows, columns = matrix_shape(tensor.shape)
+        read = rows if most is None else min(rows, max(1, most // columns))
         yield f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode()
-        yield np.ascontiguousarray(tensor.read(0, matrix_shape(tensor.shape)[0])).data.cast("B")
+        yield np.ascontiguousarray(tensor.read(0, read)).data.cast("B")
 
 
 def _adapter_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

@@ -123,7 +123,7 @@ def sketch(vector: TaskVector, layout: Layout, known: Mapping[str, float] | None
 
     names = sorted(vector.deltas)
     low_rank = [name for name in names if isinstance(vector.deltas[name], LowRank)]
-    others = [name for name in names if name not in set(low_rank)]
+    others = [name for name in names if not isinstance(vector.deltas[name], LowRank)]
     # One BLAS thread: sums of a threaded product would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
         seen = {name: look(name) for name in low_rank}  # too short for threads, which would wait for each other
