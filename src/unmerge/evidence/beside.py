@@ -2,15 +2,22 @@
 
 The stranger is estimated too. A fine-tune by LoRA is of low rank, so of what the known ones leave in some hundred rows
 and columns its singular directions stand out, and nearly all of a known fine-tune lies outside of them. Weights and
-stranger are fitted by maximum likelihood (`lattice`), by turns: the stranger's factors by weighted least squares; the
-weights by a step that the stranger follows along its tangents, so that neither takes what is the other's. The
-stranger's weight is what the others lack to 1, which fixes its scale.
+stranger are fitted by maximum likelihood (`lattice`); the stranger's weight is what the others lack to 1, which fixes
+its scale.
 
-Arithmetic is first taken to be noisy, which makes the likelihood smooth, then more and more precise while that is
-likelier, as mergekit's ``linear`` is: noise that is not there biases the weights. Cells have walls that derivatives do
-not see, so the slope of the score is measured by moving the weights by their errors; those are of the sandwich form,
-from how the scores of the tensors differ. How far the weights moved with the last change of the noise is counted as one
-more. Reference: White, Maximum likelihood estimation of misspecified models, 1982.
+Where changes are some steps of the grid, the sums of whole steps lie at few places between the walls of their cells,
+and the likelihood of weights has cliffs at simple fractions. Three looks, each beginning where the one before ended:
+
+1. Arithmetic is taken to be noisy, which makes the likelihood smooth, then less and less. Noise that is not there
+   biases the weights, so this finds them to some hundredths.
+2. The likelihood of weights beside the stranger that fits them best, without noise, is climbed without derivatives; the
+   stranger's rank, the same in all tensors, is the likeliest of a few.
+3. On all tensors: the stranger's factors by weighted least squares, then a step of the weights that the stranger
+   follows along its tangents, so that neither takes what is the other's.
+
+Derivatives do not see walls, so the slope of the score is measured by moving the weights by their errors; those are of
+the sandwich form, from how the scores of the tensors differ. How far the weights moved in the last look is counted as
+one more. Reference: White, Maximum likelihood estimation of misspecified models, 1982.
 """
 
 from __future__ import annotations
@@ -28,12 +35,24 @@ from unmerge.statistics import FloatArray
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-NOISES = (0.2, 0.1, 0.05, 0.025, 0.0125, 0.006, 0.003, 0.0015)
-"""Noise of the arithmetic, in spacings, one after the other."""
+NOISES = (0.2, 0.1, 0.05, 0.025, 0.0125, 0.006, 0.003)
+"""Noise of the arithmetic, in spacings, one after the other, in the first look."""
 TURNS = (3, 3, 2)
 """How many turns at each of them; the last number stands for all further ones."""
 GAIN = 0.01
-"""A smaller part of the likelihood's logarithm is not worth another level of the noise."""
+"""A smaller part of the likelihood's logarithm decides nothing."""
+PRECISE = 1e-4
+"""Noise of float32 arithmetic in a bfloat16 merge at most."""
+LAST = (1e-3, PRECISE)
+"""Noise of the last turns. Of two weights in nearly simple proportion many sums lie some 1e-3 from a wall."""
+SMOOTH = 1.6e-3
+"""Noise at which errors are found, times the coarseness: the coarser the grid, the farther apart are walls."""
+ROUGHER, TRIES = 3.0, 5
+"""Where the score has no slope at that noise, so many times as much is tried, and so often."""
+HELD = 5
+"""Turns in which the stranger alone is fitted."""
+RADIUS, NARROW, LOOKS = 0.02, 0.001, 25
+"""The first and the last step of the search for the weights, and how many points are looked at for each of them."""
 SEARCHES = 2
 """Turns in which the stranger's directions are looked for; later they are refined."""
 LEAST = 0.02
@@ -47,18 +66,16 @@ GIVEN_UP = 0.5
 LONGEST, SHORTEST = 8.0, 0.06
 """Multiples of a step that are tried."""
 EVERY = 4
-"""Of so many tensors one is looked at to find how long a step is best."""
+"""Of so many tensors one is looked at first, and to find how long a step is best."""
+FASTEST, SLOWEST = 2.0, 0.7
+"""Largest changes, down and up, of the logarithm of the stranger's variance in one turn."""
+HASTE = 2.0
+"""Multiple of the scoring step that such a change is."""
 INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
-WIDE = 4.0
-"""Standard errors over which slopes are measured the second time."""
-CAUTION, COARSE = 1.5, 0.5
-"""What is added to a factor of 1 on the intervals if a step of the grid is half as large as the stranger's changes, or
-larger; less where steps are finer. Tensors do not differ by what the errors of the stranger do to all of them alike,
-and those come from rounding. Measured on merges of known weights."""
-NEAR, CROWDED = 0.05, 0.2
-"""Share of sums so near to a wall of their cell, in spacings, from which all drifts count; by chance it is 0.1.
-Of two weights in nearly simple proportion, half of the sums lie at walls: the wrong ones may explain them as well."""
+CAUTION = 2.0
+"""Factor on the intervals. Tensors do not differ by what the errors of the stranger do to all of them alike, and scores
+see only a part of the walls. Measured on merges of known weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,16 +91,16 @@ class Beside:
     freedom : float
         Degrees of freedom of the errors.
     drift : array, shape (P,)
-        How far the weights moved with the last changes of the noise.
-    coarseness : float
-        Steps of the grid over the stranger's changes, both in root mean square.
+        How far the weights moved from what a part of the tensors says.
+    plateau : array, shape (P,)
+        How far weights are from the likeliest that are about as likely, by a part of the tensors.
     """
 
     weights: FloatArray
     errors: FloatArray
     freedom: float
     drift: FloatArray
-    coarseness: float
+    plateau: FloatArray
 
     def sampling(self, level: float) -> FloatArray:
         """Return half of each Student interval."""
@@ -92,9 +109,8 @@ class Beside:
         return np.asarray(stdtrit(self.freedom, 0.5 + 0.5 * level) * self.errors)
 
     def half_widths(self, level: float) -> FloatArray:
-        """Return the same with the drift counted in, widened by up to `CAUTION`."""
-        caution = 1.0 + CAUTION * min(1.0, self.coarseness / COARSE) ** 2
-        return np.asarray(caution * np.hypot(self.sampling(level), self.drift))
+        """Return the same with the drift counted in, times `CAUTION`; a plateau at least."""
+        return np.maximum(CAUTION * np.hypot(self.sampling(level), self.drift), self.plateau)
 
     def intervals(self, level: float, *, signed: bool) -> FloatArray:
         """Return Student's intervals, shape (P, 2)."""
@@ -122,56 +138,137 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
         return None
     # One BLAS thread: sums of a threaded product would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        levels = _levels(blocks, start.astype(np.float64), pool)
-        if levels is None or len(levels) < 2:
-            return None  # arithmetic was not precise, or nothing like this was merged
-        last = levels[-1].state
-        before = levels[0] if _is_crowded(blocks, last) else levels[-2]
-        # Walls may leave no slope where the noise is smallest.
-        found = (_errors_at(blocks, level, pool) for level in reversed(levels))
-        errors = next((one for one in found if np.isfinite(one).all()), None)
+        top = _searched(_some(blocks), start.astype(np.float64), pool)
+        if top is None:
+            return None
+        state = _polished(blocks, _held(blocks, top.weights, top.rank, PRECISE, pool), pool)
+        if state is None:
+            return None
+        noises = SMOOTH * _coarseness(blocks, state) * ROUGHER ** np.arange(TRIES)
+        tried = (_errors_at(blocks, state, float(noise), pool) for noise in noises)
+        errors = next((one for one in tried if np.isfinite(one).all()), None)
     if errors is None:
         return None
-    drift = np.abs(last.weights - before.state.weights)
-    return Beside(last.weights, errors, len(blocks) - 1.0, drift, _coarseness(blocks, last))
+    return Beside(state.weights, errors, len(blocks) - 1.0, np.abs(state.weights - top.weights), top.plateau)
+
+
+def _some(blocks: Sequence[Block]) -> Sequence[Block]:
+    return blocks[1::EVERY] if len(blocks) > EVERY else blocks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Top:
+    """The likeliest weights, how far from them others are about as likely, and the stranger's rank."""
+
+    weights: FloatArray
+    plateau: FloatArray
+    rank: int
+
+
+def _searched(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecutor) -> _Top | None:
+    """Find the likeliest weights and rank of the stranger; None if nothing like this was merged.
+
+    Every weight has a likelihood: that beside the stranger which fits it best. It has no bias, as noise does not smooth
+    it, but it is rough, and flat far from its top; so it is searched from the better one of two starts without
+    derivatives. A wrong rank costs far more than what the weights can make good.
+    """
+    annealed = _annealed(blocks, start, pool)
+    if annealed is None:
+        return None
+    tried = {
+        (rank, number): _fit(blocks, weights, rank, PRECISE, pool)
+        for rank in _ranks(annealed)
+        for number, weights in enumerate((start, annealed.weights))
+    }
+    rank, number = max(tried, key=lambda choice: tried[choice])
+    weights, plateau = _climbed(blocks, (start, annealed.weights)[number], rank, pool)
+    exact, noisy = (_fit(blocks, weights, rank, noise, pool) for noise in (PRECISE, NOISES[0]))
+    return _Top(weights, plateau, rank) if exact > noisy else None  # arithmetic in few bits, or another kind of merge
+
+
+def _ranks(state: _State) -> list[int]:
+    """Return ranks that the stranger may have, in all tensors alike as by LoRA; most are powers of two."""
+    middle = float(np.median([stranger.factors.rank for stranger in state.strangers]))
+    power = np.log2(middle)
+    most = min(min(stranger.error.shape) for stranger in state.strangers) // LOW
+    found = {round(middle), 2 ** int(np.floor(power)), 2 ** int(np.ceil(power))}
+    return sorted(rank for rank in found if rank <= most)
+
+
+def _climbed(
+    blocks: Sequence[Block], start: FloatArray, rank: int, pool: ThreadPoolExecutor
+) -> tuple[FloatArray, FloatArray]:
+    """Search for the likeliest weights by quadratic models; also return how far off others are about as likely."""
+    from scipy.optimize import minimize
+
+    points: list[FloatArray] = []
+    heights: list[float] = []
+
+    def depth(weights: FloatArray) -> float:
+        points.append(weights * min(1.0, (1.0 - LEAST) / max(float(weights.sum()), 1e-30)))
+        heights.append(_fit(blocks, points[-1], rank, PRECISE, pool))
+        return heights[-1] / heights[0]
+
+    options = {"initial_tr_radius": RADIUS, "final_tr_radius": NARROW, "maxfev": LOOKS * len(start)}
+    minimize(depth, start, method="COBYQA", options=options)
+    top = int(np.argmax(heights))
+    near = np.array(heights) >= heights[top] - GAIN * abs(heights[top])
+    return points[top], np.abs(np.array(points)[near] - points[top]).max(axis=0)
+
+
+def _held(blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor) -> _State:
+    """Fit a stranger of this rank beside given weights."""
+    state = _first(blocks, weights, rank)
+    for turn in range(HELD):
+        state = _refitted(blocks, state, rank, noise, pool, search=turn < SEARCHES)
+    return state
+
+
+def _refitted(
+    blocks: Sequence[Block], state: _State, rank: int, noise: float, pool: ThreadPoolExecutor, *, search: bool
+) -> _State:
+    def look(block: Block, stranger: Stranger) -> Stranger:
+        found = seen(block, stranger, state.weights, state.share, noise)
+        return _better(stranger, found, rank, search=search)[0]
+
+    return _State(state.weights, tuple(pool.map(look, blocks, state.strangers)))
+
+
+def _fit(blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor) -> float:
+    return _likelihood(blocks, _held(blocks, weights, rank, noise, pool), noise, pool)
+
+
+def _polished(blocks: Sequence[Block], state: _State, pool: ThreadPoolExecutor) -> _State | None:
+    """Improve weights and strangers together; None if the stranger fades."""
+    better: _State | None = state
+    for noise in LAST:
+        better = better and _turns(blocks, better, noise, TURNS[-1], pool, searches=0)
+    return better
 
 
 def _coarseness(blocks: Sequence[Block], state: _State) -> float:
+    """Return steps of the grid over the stranger's changes, both in root mean square."""
     steps = sum(float(np.mean(block.spacing**2)) for block in blocks)
     changes = sum(float(np.mean(stranger.factors.product**2)) for stranger in state.strangers)
     return float(np.sqrt(steps / changes)) if changes > 0.0 else np.inf
 
 
-def _is_crowded(blocks: Sequence[Block], state: _State) -> bool:
-    """Tell whether far more sums than by chance lie at the walls of their cells."""
-    close = count = 0
-    for block, stranger in zip(blocks, state.strangers, strict=True):
-        stored = np.rint(stranger.factors.product / block.spacing) * block.spacing
-        sums = np.tensordot(state.weights, block.changes, 1) + state.share * stored
-        depth = np.minimum(np.abs(sums - block.low), np.abs(block.high - sums))
-        close += int(np.count_nonzero(depth < NEAR * block.coarser))
-        count += depth.size
-    return close > CROWDED * count
-
-
-def _levels(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecutor) -> list[_Level] | None:
-    """Lower the noise while that is likelier; None if there is no stranger of low rank to be seen."""
-    levels: list[_Level] = []
-    state = _first(blocks, start)
+def _annealed(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecutor) -> _State | None:
+    """Find rough weights by lowering the noise while that is likelier; None if no stranger of low rank is seen."""
+    state, before = _first(blocks, start), -np.inf
     for number, noise in enumerate(NOISES):
         turns = TURNS[min(number, len(TURNS) - 1)]
-        better = _turns(blocks, state, noise, turns, pool, searches=0 if levels else SEARCHES)
+        better = _turns(blocks, state, noise, turns, pool, searches=0 if number else SEARCHES)
         if better is None:
             return None
+        likelihood = _likelihood(blocks, better, noise, pool)
+        if likelihood < before:
+            break
         state = better
-        level = _Level(noise, state, _likelihood(blocks, state, noise, pool))
-        gain = level.likelihood - levels[-1].likelihood if levels else np.inf
-        if gain < 0.0:
+        if likelihood - before < GAIN * abs(likelihood):
             break
-        levels.append(level)
-        if gain < GAIN * abs(level.likelihood):
-            break
-    return levels
+        before = likelihood
+    return state
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,25 +284,16 @@ class _State:
         return 1.0 - float(self.weights.sum())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Level:
-    """The estimate at one level of the noise, and its likelihood."""
-
-    noise: float
-    state: _State
-    likelihood: float
-
-
 _Moves = Sequence[tuple[FloatArray, FloatArray]]
 """How the stranger's factors in one tensor answer to each weight."""
 
 
-def _first(blocks: Sequence[Block], weights: FloatArray) -> _State:
+def _first(blocks: Sequence[Block], weights: FloatArray, rank: int | None = None) -> _State:
     share = 1.0 - float(weights.sum())
     strangers = []
     for block in blocks:
         rest = (0.5 * (block.low + block.high) - np.tensordot(weights, block.changes, 1)) / share
-        factors = leading(rest)
+        factors = leading(rest, rank)
         error = float(np.sqrt(np.mean((rest - factors.product) ** 2)))
         strangers.append(Stranger(factors, np.full(rest.shape, max(error, 1e-30))))
     return _State(weights, tuple(strangers))
@@ -249,7 +337,7 @@ def _turn(
     return moved if moved.share > LEAST else None
 
 
-def _better(stranger: Stranger, found: Seen, *, search: bool) -> tuple[Stranger, FloatArray]:
+def _better(stranger: Stranger, found: Seen, rank: int | None = None, *, search: bool) -> tuple[Stranger, FloatArray]:
     """Return a better estimate of the stranger, and each element's inverse variance."""
     before = stranger.error**2
     informed = 1.0 - found.variance / before
@@ -258,9 +346,10 @@ def _better(stranger: Stranger, found: Seen, *, search: bool) -> tuple[Stranger,
     pull = found.mean - product
     # How much larger or smaller the errors are than was thought, by one scoring step of the likelihood.
     excess = float(np.mean((pull**2 + found.variance) / before)) - 1.0
-    growth = float(np.exp(np.clip(excess / np.mean(informed.clip(0.0, 1.0) ** 2), -1.2, 0.7)))
+    change = HASTE * excess / float(np.mean(informed.clip(0.0, 1.0) ** 2))
+    growth = float(np.exp(np.clip(change, -FASTEST, SLOWEST)))
     if search:
-        factors = leading(product + pull / max(float(clipped.mean()), 0.2))
+        factors = leading(product + pull / max(float(clipped.mean()), 0.2), rank)
         least = factors.rank * (sum(product.shape) - factors.rank) / precision.sum()
         return Stranger(factors, np.full(product.shape, np.sqrt(max(growth * before.mean(), least)))), precision
     factors = refitted(product + pull / clipped, precision, stranger.factors)
@@ -323,9 +412,8 @@ def _likelihood(blocks: Sequence[Block], state: _State, noise: float, pool: Thre
     return sum(pool.map(look, blocks, state.strangers))
 
 
-def _errors_at(blocks: Sequence[Block], level: _Level, pool: ThreadPoolExecutor) -> FloatArray:
+def _errors_at(blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor) -> FloatArray:
     """Return standard errors of the weights at one level of the noise; infinite where nothing is known."""
-    state, noise = level.state, level.noise
 
     def answer(block: Block, stranger: Stranger) -> tuple[_Moves, FloatArray]:
         found = seen(block, stranger, state.weights, state.share, noise)
@@ -334,11 +422,7 @@ def _errors_at(blocks: Sequence[Block], level: _Level, pool: ThreadPoolExecutor)
         return own, _beside(block, stranger.factors, own, state.share)
 
     moves, others = zip(*pool.map(answer, blocks, state.strangers), strict=True)
-    rough = _errors(*_slopes(blocks, state, moves, others, noise, None, pool))
-    if not np.isfinite(rough).all():
-        return rough
-    # The slope is rough: of two errors the larger one.
-    return np.maximum(rough, _errors(*_slopes(blocks, state, moves, others, noise, WIDE * rough, pool)))
+    return _errors(*_slopes(blocks, state, moves, others, noise, pool))
 
 
 def _slopes(
@@ -347,10 +431,9 @@ def _slopes(
     moves: Sequence[_Moves],
     others: Sequence[FloatArray],
     noise: float,
-    reach: FloatArray | None,
     pool: ThreadPoolExecutor,
 ) -> tuple[FloatArray, FloatArray]:
-    """Return minus the slope of each tensor's score, shape (T, P, P), over `reach`, and the scores, shape (T, P)."""
+    """Return minus the slopes of each tensor's score, shape (T, P, P), over rough errors, and the scores."""
 
     def scores(step: FloatArray) -> FloatArray:
         moved = _moved(state, moves, step)
@@ -362,9 +445,7 @@ def _slopes(
         return np.array(list(pool.map(look, blocks, moved.strangers, others)))
 
     here = scores(np.zeros(len(state.weights)))
-    if reach is None:
-        spread = here - here.mean(axis=0)
-        reach = _first_reach(blocks, others, state, noise, spread)
+    reach = _reach(blocks, others, state, noise, here - here.mean(axis=0))
     slopes = []
     for place, size in enumerate(np.maximum(reach, 1e-6)):
         step = size * np.eye(len(reach))[place]
@@ -372,7 +453,7 @@ def _slopes(
     return np.stack(slopes, axis=2), here
 
 
-def _first_reach(
+def _reach(
     blocks: Sequence[Block], others: Sequence[FloatArray], state: _State, noise: float, spread: FloatArray
 ) -> FloatArray:
     """Return rough errors of the weights, by the outer product of the scores."""

@@ -41,18 +41,24 @@ class Factors:
         return int(self.left.shape[1])
 
 
-def leading(matrix: FloatArray) -> Factors:
-    """Return the directions that noise of one level would not make.
+def leading(matrix: FloatArray, rank: int | None = None) -> Factors:
+    """Return so many leading directions, or those that noise of one level would not make.
 
     The cut is that of Gavish and Donoho, The optimal hard threshold for singular values, 2014, for a level that is
     not known: 2.86 times the median singular value of a square matrix.
     """
-    left, singular, right = np.linalg.svd(matrix, full_matrices=False)
-    ratio = min(matrix.shape) / max(matrix.shape)
-    cut = (0.56 * ratio**3 - 0.95 * ratio**2 + 1.82 * ratio + 1.43) * float(np.median(singular))
-    rank = min(int(np.count_nonzero(singular > cut)), MOST_DIRECTIONS)
-    roots = np.sqrt(singular[:rank])
-    return Factors(left[:, :rank] * roots, right[:rank].T * roots)
+    if matrix.shape[0] > matrix.shape[1]:
+        turned = leading(matrix.T, rank)
+        return Factors(turned.right, turned.left)
+    # Of the leading ones the squares are as good, and far quicker than a singular value decomposition.
+    squares, directions = np.linalg.eigh(matrix @ matrix.T)
+    singular, directions = np.sqrt(squares[::-1].clip(0.0)), directions[:, ::-1]
+    if rank is None:
+        ratio = matrix.shape[0] / matrix.shape[1]
+        cut = (0.56 * ratio**3 - 0.95 * ratio**2 + 1.82 * ratio + 1.43) * float(np.median(singular))
+        rank = min(int(np.count_nonzero(singular > cut)), MOST_DIRECTIONS)
+    left, roots = directions[:, :rank], np.sqrt(np.maximum(singular[:rank], 1e-30))
+    return Factors(left * roots, matrix.T @ left / roots)
 
 
 def refitted(values: FloatArray, precision: FloatArray, factors: Factors) -> Factors:
