@@ -49,8 +49,9 @@ SMOOTH = 1.6e-3
 """Noise at which errors are found, times the coarseness: the coarser the grid, the farther apart are walls."""
 ROUGHER, TRIES = 3.0, 5
 """Where the score has no slope at that noise, so many times as much is tried, and so often."""
-HELD = 5
-"""Turns in which the stranger alone is fitted."""
+HELD, CLOSE = (4, 16), 0.08
+"""The least and the most turns in which the stranger alone is fitted, and the part of the likelihood's logarithm that
+one more turn must gain."""
 RADIUS, NARROW, LOOKS = 0.02, 0.001, 25
 """The first and the last step of the search for the weights, and how many points are looked at for each of them."""
 SEARCHES = 2
@@ -141,7 +142,7 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
         top = _searched(_some(blocks), start.astype(np.float64), pool)
         if top is None:
             return None
-        state = _polished(blocks, _held(blocks, top.weights, top.rank, PRECISE, pool), pool)
+        state = _polished(blocks, _held(blocks, top.weights, top.rank, PRECISE, pool)[0], pool)
         if state is None:
             return None
         noises = SMOOTH * _coarseness(blocks, state) * ROUGHER ** np.arange(TRIES)
@@ -216,26 +217,34 @@ def _climbed(
     return points[top], np.abs(np.array(points)[near] - points[top]).max(axis=0)
 
 
-def _held(blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor) -> _State:
-    """Fit a stranger of this rank beside given weights."""
-    state = _first(blocks, weights, rank)
-    for turn in range(HELD):
-        state = _refitted(blocks, state, rank, noise, pool, search=turn < SEARCHES)
-    return state
+def _held(
+    blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor
+) -> tuple[_State, float]:
+    """Fit a stranger of this rank beside given weights; also return the likelihood."""
+    state, before = _first(blocks, weights, rank), -np.inf
+    for turn in range(HELD[1]):
+        better, likelihood = _refitted(blocks, state, rank, noise, pool, search=turn < SEARCHES)
+        if turn >= HELD[0] and likelihood - before < CLOSE * abs(likelihood):
+            break
+        state, before = better, likelihood
+    return state, likelihood
 
 
 def _refitted(
     blocks: Sequence[Block], state: _State, rank: int, noise: float, pool: ThreadPoolExecutor, *, search: bool
-) -> _State:
-    def look(block: Block, stranger: Stranger) -> Stranger:
-        found = seen(block, stranger, state.weights, state.share, noise)
-        return _better(stranger, found, rank, search=search)[0]
+) -> tuple[_State, float]:
+    """Improve the strangers alone; also return the likelihood before."""
 
-    return _State(state.weights, tuple(pool.map(look, blocks, state.strangers)))
+    def look(block: Block, stranger: Stranger) -> tuple[Stranger, float]:
+        found = seen(block, stranger, state.weights, state.share, noise)
+        return _better(stranger, found, rank, search=search)[0], found.likelihood
+
+    strangers, likelihoods = zip(*pool.map(look, blocks, state.strangers), strict=True)
+    return _State(state.weights, strangers), sum(likelihoods)
 
 
 def _fit(blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor) -> float:
-    return _likelihood(blocks, _held(blocks, weights, rank, noise, pool), noise, pool)
+    return _held(blocks, weights, rank, noise, pool)[1]
 
 
 def _polished(blocks: Sequence[Block], state: _State, pool: ThreadPoolExecutor) -> _State | None:

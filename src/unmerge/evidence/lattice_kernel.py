@@ -16,8 +16,9 @@ from unmerge.statistics import FloatArray
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-STRAY = 1e-6
-"""Probability of an element that nothing accounts for."""
+STRAY = 1e-3
+"""Probability of an element that nothing accounts for. A change that is as large as its weight is rounded to another
+grid than the base's; with 1e-6, those elements decided what is likelier where changes are 3 % of the weights."""
 _FAR, _OUT = 35.0, 8.0
 _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
 
