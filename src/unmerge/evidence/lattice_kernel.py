@@ -81,7 +81,15 @@ def see_continuous(
     pull = sign * (at_low - at_high) / probability
     left = min(max(1.0 + (below * at_low - above * at_high) / probability - pull**2, 0.0), 1.0)
     gain = share * error**2 / spread
-    return probability, pull / spread, middle + gain * pull, error**2 - gain**2 * (1.0 - left)
+    mean, squares = gain * pull, error**2 - gain**2 * (1.0 - left) + (gain * pull) ** 2
+    # An element that nothing accounts for says nothing.
+    told = probability / (probability + STRAY)
+    return (
+        probability,
+        told * pull / spread,
+        middle + told * mean,
+        error**2 + told * (squares - error**2) - (told * mean) ** 2,
+    )
 
 
 @_compiled
