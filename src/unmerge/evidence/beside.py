@@ -208,7 +208,7 @@ def _climbed(
     def depth(weights: FloatArray) -> float:
         points.append(weights * min(1.0, (1.0 - LEAST) / max(float(weights.sum()), 1e-30)))
         heights.append(_fit(blocks, points[-1], rank, PRECISE, pool))
-        return heights[-1] / heights[0]
+        return -heights[-1] / max(1.0, abs(heights[0]))
 
     options = {"initial_tr_radius": RADIUS, "final_tr_radius": NARROW, "maxfev": LOOKS * len(start)}
     minimize(depth, start, method="COBYQA", options=options)
