@@ -45,8 +45,9 @@ PRECISE = 1e-4
 """Noise of float32 arithmetic in a bfloat16 merge at most."""
 LAST = (1e-3, PRECISE)
 """Noise of the last turns. Of two weights in nearly simple proportion many sums lie some 1e-3 from a wall."""
-SMOOTH = 1.6e-3
-"""Noise at which errors are found, times the coarseness: the coarser the grid, the farther apart are walls."""
+SMOOTH = 0.016
+"""Noise at which errors are found, times the coarseness: the coarser the grid, the farther apart are walls. With less,
+some errors are found far too small."""
 ROUGHER, TRIES = 3.0, 5
 """Where the score has no slope at that noise, so many times as much is tried, and so often."""
 HELD, CLOSE = (4, 16), 0.08
@@ -74,7 +75,7 @@ HASTE = 2.0
 """Multiple of the scoring step that such a change is."""
 INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
-CAUTION = 2.0
+CAUTION = 2.2
 """Factor on the intervals. Tensors do not differ by what the errors of the stranger do to all of them alike, and scores
 see only a part of the walls. Measured on merges of known weights."""
 
