@@ -160,9 +160,10 @@ def _some(blocks: Sequence[Block]) -> Sequence[Block]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Top:
-    """The likeliest weights, how far from them others are about as likely, and the stranger's rank."""
+    """The likeliest weights, their likelihood, how far others are that are about as likely, and the stranger's rank."""
 
     weights: FloatArray
+    likelihood: float
     plateau: FloatArray
     rank: int
 
@@ -183,9 +184,9 @@ def _searched(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecut
         for number, weights in enumerate((start, annealed.weights))
     }
     rank, number = max(tried, key=lambda choice: tried[choice])
-    weights, plateau = _climbed(blocks, (start, annealed.weights)[number], rank, pool)
-    exact, noisy = (_fit(blocks, weights, rank, noise, pool) for noise in (PRECISE, NOISES[0]))
-    return _Top(weights, plateau, rank) if exact > noisy else None  # arithmetic in few bits, or another kind of merge
+    top = _climbed(blocks, (start, annealed.weights)[number], rank, pool)
+    noisy = _fit(blocks, top.weights, rank, NOISES[0], pool)
+    return top if top.likelihood > noisy else None  # arithmetic in few bits, or another kind of merge
 
 
 def _ranks(state: _State) -> list[int]:
@@ -197,10 +198,8 @@ def _ranks(state: _State) -> list[int]:
     return sorted(rank for rank in found if rank <= most)
 
 
-def _climbed(
-    blocks: Sequence[Block], start: FloatArray, rank: int, pool: ThreadPoolExecutor
-) -> tuple[FloatArray, FloatArray]:
-    """Search for the likeliest weights by quadratic models; also return how far off others are about as likely."""
+def _climbed(blocks: Sequence[Block], start: FloatArray, rank: int, pool: ThreadPoolExecutor) -> _Top:
+    """Search for the likeliest weights by quadratic models."""
     from scipy.optimize import minimize
 
     points: list[FloatArray] = []
@@ -215,7 +214,7 @@ def _climbed(
     minimize(depth, start, method="COBYQA", options=options)
     top = int(np.argmax(heights))
     near = np.array(heights) >= heights[top] - GAIN * abs(heights[top])
-    return points[top], np.abs(np.array(points)[near] - points[top]).max(axis=0)
+    return _Top(points[top], heights[top], np.abs(np.array(points)[near] - points[top]).max(axis=0), rank)
 
 
 def _held(
