@@ -84,8 +84,16 @@ def _block(regression: Regression, base: Base, atoms: Sequence[int], name: str, 
         change = _change(delta, contact.rows, contact.columns)
         changes.append(tensor.dtype.nearest(weights + change) - weights if isinstance(delta, LowRank) else change)
     low, high = stored.cell(weights + contact.corner)
-    spacing = tensor.dtype.spacing(weights)
-    return Block(np.array(changes), low - weights, high - weights, spacing, np.maximum(spacing, high - low))
+    coarser = np.maximum(tensor.dtype.spacing(weights), high - low)
+    return Block(
+        changes=np.array(changes),
+        low=low - weights,
+        high=high - weights,
+        weights=weights,
+        coarser=coarser,
+        fine=2.0**-tensor.dtype.mantissa_bits,
+        smallest=tensor.dtype.smallest_normal,
+    )
 
 
 def _corner(

@@ -7,18 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from unmerge.checkpoint.dtypes import DTYPES
 from unmerge.evidence.lattice import CONTINUOUS, Block, Stranger, seen
 from unmerge.evidence.lattice_kernel import STRAY
 from unmerge.evidence.low_rank import Factors
 from unmerge.statistics import FloatArray
 
-WEIGHTS, SHARE = np.array([0.4]), 0.45
+WEIGHTS, SHARE, FINE = np.array([0.4]), 0.45, 2.0**-7
 
 
-def one_element(error: float, middle: float, *, known: float = 1.0, low: float = -0.5) -> tuple[Block, Stranger]:
-    """An element on a grid of steps of 1, whose cell is one step wide."""
+def one_element(error: float, middle: float, *, known: float = 1.0, bottom: float = -0.5) -> tuple[Block, Stranger]:
+    """An element on a grid of steps of 1, far from a power of two, whose cell is one step wide."""
     element = np.ones((1, 1))
-    block = Block(known * element[None], low * element, (low + 1.0) * element, element, element)
+    low, weight = bottom * element, 192.0 * element
+    block = Block(known * element[None], low, low + 1.0, weight, element, FINE, 2.0**-126)
     return block, Stranger(Factors(middle * element, element), error * element)
 
 
@@ -40,7 +42,7 @@ CASES = [
 def test_likelihood_mean_and_variance_are_those_of_draws(error: float, middle: float, low: float, noise: float) -> None:
     change, total = drawn(error, middle, noise, 1.0)
     inside = (total > low) & (total < low + 1.0)
-    found = seen(*one_element(error, middle, low=low), WEIGHTS, SHARE, noise)
+    found = seen(*one_element(error, middle, bottom=low), WEIGHTS, SHARE, noise)
     assert np.exp(found.likelihood) == pytest.approx(inside.mean(), abs=0.004)
     if inside.mean() > 0.02:
         # With a small probability something else made the element, which then says nothing.
@@ -48,6 +50,23 @@ def test_likelihood_mean_and_variance_are_those_of_draws(error: float, middle: f
         mean, square = told * (change[inside].mean() - middle), told * np.mean((change[inside] - middle) ** 2)
         assert found.mean.item() == pytest.approx(middle + mean, abs=0.03 * error + 0.005)
         assert found.variance.item() == pytest.approx(square + (1.0 - told) * error**2 - mean**2, rel=0.1)
+
+
+@pytest.mark.parametrize("weight", [128.0, 129.5, -129.0, 126.5, -127.5, 255.0, -256.0, 258.0])
+@pytest.mark.parametrize(("error", "middle"), [(0.3, 0.2), (0.9, -1.3), (0.7, 2.2)])
+def test_steps_are_those_of_the_grid_on_both_sides_of_a_power_of_two(
+    weight: float, error: float, middle: float
+) -> None:
+    rng, grid = np.random.default_rng(1), DTYPES["BF16"]
+    change = middle + error * rng.standard_normal(400_000)
+    merged = SHARE * (grid.nearest(weight + change) - weight) + 0.02 * rng.standard_normal(400_000)
+    block, stranger = one_element(error, middle, known=0.0, bottom=-0.1)
+    found = seen(replace(block, weights=np.full((1, 1), weight)), stranger, WEIGHTS, SHARE, 0.02)
+    inside = (merged > -0.1) & (merged < 0.9)
+    assert np.exp(found.likelihood) == pytest.approx(inside.mean(), abs=0.004)
+    if inside.mean() > 0.02:
+        assert found.mean.item() == pytest.approx(change[inside].mean(), abs=0.02)
+        assert np.sqrt(found.variance.item()) == pytest.approx(change[inside].std(), rel=0.08)
 
 
 @pytest.mark.parametrize("error", [0.1, 0.8, 1.3, 2.0, 5.0])

@@ -15,9 +15,9 @@ and the likelihood of weights has cliffs at simple fractions. Three looks, each 
 3. On all tensors: the stranger's factors by weighted least squares, then a step of the weights that the stranger
    follows along its tangents, so that neither takes what is the other's.
 
-Derivatives do not see walls, so the slope of the score is measured by moving the weights by their errors; those are of
-the sandwich form, from how the scores of the tensors differ. How far the weights moved in the last look is counted as
-one more. Reference: White, Maximum likelihood estimation of misspecified models, 1982.
+Derivatives do not see walls, so the slope of the score is measured by moving the weights. Errors are of the sandwich
+form, from how the scores of the tensors differ. How far the weights moved in the last look is counted as one more.
+Reference: White, Maximum likelihood estimation of misspecified models, 1982.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ PRECISE = 1e-4
 """Noise of float32 arithmetic in a bfloat16 merge at most."""
 LAST = (1e-3, PRECISE)
 """Noise of the last turns. Of two weights in nearly simple proportion many sums lie some 1e-3 from a wall."""
-SMOOTH = 0.016
+SMOOTH = 0.03
 """Noise at which errors are found, times the coarseness: the coarser the grid, the farther apart are walls. With less,
-some errors are found far too small."""
+some errors are found too small; with up to three times as much they are about the same."""
+SHIFT = 0.1
+"""By so much of that noise are the sums moved to measure the slope of the score. Where whole steps of the stranger are
+nearly told apart, the score is rough at a smaller scale."""
 ROUGHER, TRIES = 3.0, 5
 """Where the score has no slope at that noise, so many times as much is tried, and so often."""
 HELD, CLOSE = (4, 16), 0.08
@@ -75,9 +78,6 @@ HASTE = 2.0
 """Multiple of the scoring step that such a change is."""
 INFORMED = 1e-3
 """Share of the stranger's variance that an element must explain to be taken at its word."""
-CAUTION = 2.2
-"""Factor on the intervals. Tensors do not differ by what the errors of the stranger do to all of them alike, and scores
-see only a part of the walls. Measured on merges of known weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,15 +94,12 @@ class Beside:
         Degrees of freedom of the errors.
     drift : array, shape (P,)
         How far the weights moved from what a part of the tensors says.
-    plateau : array, shape (P,)
-        How far weights are from the likeliest that are about as likely, by a part of the tensors.
     """
 
     weights: FloatArray
     errors: FloatArray
     freedom: float
     drift: FloatArray
-    plateau: FloatArray
 
     def sampling(self, level: float) -> FloatArray:
         """Return half of each Student interval."""
@@ -111,8 +108,8 @@ class Beside:
         return np.asarray(stdtrit(self.freedom, 0.5 + 0.5 * level) * self.errors)
 
     def half_widths(self, level: float) -> FloatArray:
-        """Return the same with the drift counted in, times `CAUTION`; a plateau at least."""
-        return np.maximum(CAUTION * np.hypot(self.sampling(level), self.drift), self.plateau)
+        """Return the same with the drift counted in."""
+        return np.hypot(self.sampling(level), self.drift)
 
     def intervals(self, level: float, *, signed: bool) -> FloatArray:
         """Return Student's intervals, shape (P, 2)."""
@@ -151,7 +148,7 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
         errors = next((one for one in tried if np.isfinite(one).all()), None)
     if errors is None:
         return None
-    return Beside(state.weights, errors, len(blocks) - 1.0, np.abs(state.weights - top.weights), top.plateau)
+    return Beside(state.weights, errors, len(blocks) - 1.0, np.abs(state.weights - top.weights))
 
 
 def _some(blocks: Sequence[Block]) -> Sequence[Block]:
@@ -160,11 +157,10 @@ def _some(blocks: Sequence[Block]) -> Sequence[Block]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Top:
-    """The likeliest weights, their likelihood, how far others are that are about as likely, and the stranger's rank."""
+    """The likeliest weights, their likelihood, and the stranger's rank."""
 
     weights: FloatArray
     likelihood: float
-    plateau: FloatArray
     rank: int
 
 
@@ -213,8 +209,7 @@ def _climbed(blocks: Sequence[Block], start: FloatArray, rank: int, pool: Thread
     options = {"initial_tr_radius": RADIUS, "final_tr_radius": NARROW, "maxfev": LOOKS * len(start)}
     minimize(depth, start, method="COBYQA", options=options)
     top = int(np.argmax(heights))
-    near = np.array(heights) >= heights[top] - GAIN * abs(heights[top])
-    return _Top(points[top], heights[top], np.abs(np.array(points)[near] - points[top]).max(axis=0), rank)
+    return _Top(points[top], heights[top], rank)
 
 
 def _held(
@@ -257,7 +252,7 @@ def _polished(blocks: Sequence[Block], state: _State, pool: ThreadPoolExecutor) 
 
 def _coarseness(blocks: Sequence[Block], state: _State) -> float:
     """Return steps of the grid over the stranger's changes, both in root mean square."""
-    steps = sum(float(np.mean(block.spacing**2)) for block in blocks)
+    steps = sum(float(np.mean(block.coarser**2)) for block in blocks)
     changes = sum(float(np.mean(stranger.factors.product**2)) for stranger in state.strangers)
     return float(np.sqrt(steps / changes)) if changes > 0.0 else np.inf
 
@@ -348,10 +343,9 @@ def _turn(
 
 def _better(stranger: Stranger, found: Seen, rank: int | None = None, *, search: bool) -> tuple[Stranger, FloatArray]:
     """Return a better estimate of the stranger, and each element's inverse variance."""
-    before = stranger.error**2
-    informed = 1.0 - found.variance / before
-    clipped = np.maximum(informed, INFORMED)
-    precision, product = clipped / before, stranger.factors.product
+    before, product = stranger.error**2, stranger.factors.product
+    informed, precision = 1.0 - found.variance / before, _precision(stranger, found)
+    clipped = precision * before
     pull = found.mean - product
     # How much larger or smaller the errors are than was thought, by one scoring step of the likelihood.
     excess = float(np.mean((pull**2 + found.variance) / before)) - 1.0
@@ -364,6 +358,12 @@ def _better(stranger: Stranger, found: Seen, rank: int | None = None, *, search:
     factors = refitted(product + pull / clipped, precision, stranger.factors)
     own = variance(precision, factors)
     return Stranger(factors, np.sqrt(own * max(1.0, growth * float(before.mean() / own.mean())))), precision
+
+
+def _precision(stranger: Stranger, found: Seen) -> FloatArray:
+    """Return the inverse variance of what each element says of the stranger."""
+    before = stranger.error**2
+    return np.asarray(np.maximum(1.0 - found.variance / before, INFORMED) / before)
 
 
 def _moves(block: Block, factors: Factors, precision: FloatArray, share: float) -> _Moves:
@@ -424,14 +424,20 @@ def _likelihood(blocks: Sequence[Block], state: _State, noise: float, pool: Thre
 def _errors_at(blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor) -> FloatArray:
     """Return standard errors of the weights at one level of the noise; infinite where nothing is known."""
 
-    def answer(block: Block, stranger: Stranger) -> tuple[_Moves, FloatArray]:
+    def answer(block: Block, stranger: Stranger) -> tuple[_Moves, FloatArray, FloatArray]:
         found = seen(block, stranger, state.weights, state.share, noise)
-        precision = np.maximum(1.0 - found.variance / stranger.error**2, INFORMED) / stranger.error**2
-        own = _moves(block, stranger.factors, precision, state.share)
-        return own, _beside(block, stranger.factors, own, state.share)
+        own = _moves(block, stranger.factors, _precision(stranger, found), state.share)
+        beside = _beside(block, stranger.factors, own, state.share)
+        return own, beside, beside @ found.score.ravel()
 
-    moves, others = zip(*pool.map(answer, blocks, state.strangers), strict=True)
-    return _errors(*_slopes(blocks, state, moves, others, noise, pool))
+    moves, others, scores = zip(*pool.map(answer, blocks, state.strangers), strict=True)
+    steps = SHIFT * noise * _size([block.coarser.ravel() for block in blocks]) / _size(others)
+    return _errors(_slopes(blocks, state, moves, others, noise, steps, pool), np.array(scores))
+
+
+def _size(arrays: Sequence[FloatArray]) -> FloatArray:
+    """Return the root of the mean square of arrays (T, ..., n), over T and n."""
+    return np.asarray(np.sqrt(np.mean([np.mean(array**2, axis=-1) for array in arrays], axis=0)))
 
 
 def _slopes(
@@ -440,9 +446,10 @@ def _slopes(
     moves: Sequence[_Moves],
     others: Sequence[FloatArray],
     noise: float,
+    steps: FloatArray,
     pool: ThreadPoolExecutor,
-) -> tuple[FloatArray, FloatArray]:
-    """Return minus the slopes of each tensor's score, shape (T, P, P), over rough errors, and the scores."""
+) -> FloatArray:
+    """Return minus the slopes of each tensor's score, shape (T, P, P), over such steps of the weights."""
 
     def scores(step: FloatArray) -> FloatArray:
         moved = _moved(state, moves, step)
@@ -453,25 +460,11 @@ def _slopes(
 
         return np.array(list(pool.map(look, blocks, moved.strangers, others)))
 
-    here = scores(np.zeros(len(state.weights)))
-    reach = _reach(blocks, others, state, noise, here - here.mean(axis=0))
     slopes = []
-    for place, size in enumerate(np.maximum(reach, 1e-6)):
-        step = size * np.eye(len(reach))[place]
+    for place, size in enumerate(steps):
+        step = size * np.eye(len(steps))[place]
         slopes.append((scores(-step) - scores(step)) / (2.0 * size))
-    return np.stack(slopes, axis=2), here
-
-
-def _reach(
-    blocks: Sequence[Block], others: Sequence[FloatArray], state: _State, noise: float, spread: FloatArray
-) -> FloatArray:
-    """Return rough errors of the weights, by the outer product of the scores."""
-    curvature = np.zeros((len(state.weights), len(state.weights)))
-    for block, stranger, other in zip(blocks, state.strangers, others, strict=True):
-        score = other * seen(block, stranger, state.weights, state.share, noise).score.ravel()
-        curvature += score @ score.T
-    inverse = np.linalg.pinv(curvature)
-    return np.asarray(2.0 * np.sqrt(np.diagonal(inverse @ (spread.T @ spread) @ inverse)))
+    return np.stack(slopes, axis=2)
 
 
 def _errors(slopes: FloatArray, scores: FloatArray) -> FloatArray:

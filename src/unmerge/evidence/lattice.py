@@ -1,9 +1,9 @@
 """What a stored element says of a merge beside a fine-tune that nobody knows and that was stored before it was merged.
 
-The stranger's change s of an element is known to be near some value, with a normal error. It was rounded to k steps u
-of the base's grid, the merge adds w k u to what the known fine-tunes give, and the sum fell into the cell of the
-stored element. So the likelihood is the sum over k of the probability that s rounds to k, times that of the cell given
-k. Where the error spans many steps, the sum over k is an integral and s is taken as rounded by noise instead.
+The stranger's value v of an element is known to be near some value, with a normal error. It was rounded to a value of
+the grid, g, the merge adds w g to what the base and the known fine-tunes give, and the sum fell into the cell of the
+stored element. So the likelihood is the sum over g of the probability that v rounds to g, times that of the cell given
+g. Where the error spans many steps, the sum over g is an integral and v is taken as rounded by noise instead.
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ class Block:
         Of the known atoms, as they went into the merge, in weight units.
     low, high : array, shape (n, m)
         The cell of the target's change.
-    spacing : array, shape (n, m)
-        Steps of the base's grid.
+    weights : array, shape (n, m)
+        The base's.
     coarser : array, shape (n, m)
         Steps of the base's or the target's grid, the larger one.
+    fine, smallest : float
+        Steps of the base's grid, which the stranger was stored on too, are `fine` times the power of two below a value,
+        or below `smallest`.
     """
 
     changes: FloatArray
     low: FloatArray
     high: FloatArray
-    spacing: FloatArray
+    weights: FloatArray
     coarser: FloatArray
+    fine: float
+    smallest: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,11 +105,13 @@ def seen(block: Block, stranger: Stranger, weights: FloatArray, share: float, no
     likelihood = see(
         (block.low - sums).ravel(),
         (block.high - sums).ravel(),
-        block.spacing.ravel(),
+        block.weights.ravel(),
         (noise * block.coarser).ravel(),
         stranger.factors.product.ravel(),
         stranger.error.ravel(),
         share,
+        block.fine,
+        block.smallest,
         np.array([most for most, _ in OFFSETS]),
         np.array([count for _, count in OFFSETS]),
         found.reshape(3, -1),

@@ -1,7 +1,8 @@
 """The arithmetic of `lattice`, one element after the other, compiled.
 
 Of the steps that a stranger may have been rounded to, only those are summed whose cell can hold the element: a few,
-where array arithmetic would have to take all of them for all elements. Compiled code is kept beside this file.
+where array arithmetic would have to take all of them for all elements. Steps are those around the stranger's value, not
+around the base's: a change may cross a power of two. Compiled code is kept beside this file.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from unmerge.statistics import FloatArray
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-STRAY = 1e-3
-"""Probability of an element that nothing accounts for. A change that is as large as its weight is rounded to another
-grid than the base's; with 1e-6, those elements decided what is likelier where changes are 3 % of the weights."""
+STRAY = 1e-6
+"""Probability of an element that nothing accounts for."""
 _FAR, _OUT = 35.0, 8.0
 _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
 
@@ -124,14 +124,69 @@ def see_stepwise(
 
 
 @_compiled
+def _power(size: float, smallest: float) -> float:
+    """Return the power of two below a magnitude, or the smallest one that the grid follows."""
+    return smallest if size < smallest else math.ldexp(0.5, math.frexp(size)[1])
+
+
+@_compiled
+def _above(value: float, fine: float, smallest: float) -> float:
+    """Return the next value of a grid, whose steps are `fine` times the power of two below."""
+    if value >= 0.0:
+        return value + fine * _power(value, smallest)
+    power = _power(-value, smallest)
+    # Below a power of two the grid is twice as fine.
+    return value + fine * (0.5 * power if -value == power and power > smallest else power)
+
+
+@_compiled
+def see_across(
+    low: float,
+    high: float,
+    first: float,
+    count: int,
+    noise: float,
+    middle: float,
+    error: float,
+    share: float,
+    fine: float,
+    smallest: float,
+) -> tuple[float, float, float, float]:
+    """Return the same where steps are not all of one size: `count` of them from the value `first`."""
+    low, high = low / noise, high / noise
+    value, following = first, _above(first, fine, smallest)
+    total = score = one = two = 0.0
+    edge = (-_above(-first, fine, smallest) + first - 2.0 * middle) / (2.0 * error)
+    below, at_edge = _step(edge)
+    for _ in range(count):
+        upper = (0.5 * (value + following) - middle) / error
+        above, at_upper = _step(upper)
+        at = share * value / noise
+        (to_low, at_low), (to_high, at_high) = _step(low - at), _step(high - at)
+        inside, chance = to_high - to_low, above - below
+        total += chance * inside
+        score += chance * (at_low - at_high)
+        one += (at_edge - at_upper) * inside
+        two += (chance + edge * at_edge - upper * at_upper) * inside
+        edge, below, at_edge = upper, above, at_upper
+        value, following = following, _above(following, fine, smallest)
+    whole = total + STRAY
+    mean = one / whole
+    spread = (two + STRAY) / whole - mean**2
+    return total, score / (whole * noise), middle + error * mean, error**2 * max(spread, 0.0)
+
+
+@_compiled
 def see(
     low: FloatArray,
     high: FloatArray,
-    spacing: FloatArray,
+    weights: FloatArray,
     noise: FloatArray,
     middle: FloatArray,
     error: FloatArray,
     share: float,
+    fine: float,
+    smallest: float,
     limits: FloatArray,
     offsets: FloatArray,
     found: FloatArray,
@@ -140,10 +195,12 @@ def see(
 
     Parameters
     ----------
-    low, high, spacing, noise, middle, error : array, shape (m,)
-        The cell less what the known atoms give, the base's steps, the noise, and what is known of the stranger.
+    low, high, weights, noise, middle, error : array, shape (m,)
+        The cell less what the known atoms give, the base, the noise, and what is known of the stranger's change.
     share : float
         The stranger's weight.
+    fine, smallest : float
+        Steps of the stranger's grid are `fine` times the power of two below a value, or below `smallest`.
     limits : array, shape (O,)
         Errors in steps, ascending, up to each of which so many `offsets` are summed; beyond the last, none.
     offsets : array, shape (O,)
@@ -158,20 +215,38 @@ def see(
     """
     likelihood = 0.0
     for place in range(len(low)):
-        ratio = error[place] / spacing[place]
+        # The stranger's own value is what was rounded; the cell holds the merge less the known changes and the base.
+        tuned = weights[place] + middle[place]
+        bottom, top = low[place] + share * weights[place], high[place] + share * weights[place]
+        power = _power(abs(tuned), smallest)
+        spacing = fine * power
+        ratio = error[place] / spacing
         reach = 0
         for number in range(len(limits)):
             if ratio <= limits[number]:
                 reach = int(offsets[number])
                 break
-        if reach:
-            seen = see_stepwise(
-                low[place], high[place], spacing[place], noise[place], middle[place], error[place], share, reach
-            )
+        room = (reach + 1) * spacing
+        if not reach:
+            seen = see_continuous(bottom, top, spacing, noise[place], tuned, error[place], share)
+        elif abs(tuned) + room < 2.0 * power and (abs(tuned) - room > power or power == smallest):
+            seen = see_stepwise(bottom, top, spacing, noise[place], tuned, error[place], share, reach)
         else:
-            seen = see_continuous(
-                low[place], high[place], spacing[place], noise[place], middle[place], error[place], share
+            least = tuned - reach * spacing
+            step = fine * _power(abs(least), smallest)
+            # Below a power of two there are twice as many steps.
+            seen = see_across(
+                bottom,
+                top,
+                round(least / step) * step,
+                4 * reach + 1,
+                noise[place],
+                tuned,
+                error[place],
+                share,
+                fine,
+                smallest,
             )
         likelihood += math.log(seen[0] + STRAY)
-        found[0, place], found[1, place], found[2, place] = seen[1], seen[2], seen[3]
+        found[0, place], found[1, place], found[2, place] = seen[1], seen[2] - weights[place], seen[3]
     return likelihood
