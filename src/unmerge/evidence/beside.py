@@ -56,6 +56,9 @@ ROUGHER, TRIES = 3.0, 5
 HELD, CLOSE = (4, 16), 0.08
 """The least and the most turns in which the stranger alone is fitted, and the part of the likelihood's logarithm that
 one more turn must gain."""
+PLAIN = 0.75
+"""Without noise the likelihood's logarithm is smaller than so much of that with the most noise, where whole steps were
+merged: 0.2 to 0.6 times; 0.9 and more where others were."""
 RADIUS, NARROW, LOOKS = 0.02, 0.001, 25
 """The first and the last step of the search for the weights, and how many points are looked at for each of them."""
 SEARCHES = 2
@@ -182,7 +185,8 @@ def _searched(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecut
     rank, number = max(tried, key=lambda choice: tried[choice])
     top = _climbed(blocks, (start, annealed.weights)[number], rank, pool)
     noisy = _fit(blocks, top.weights, rank, NOISES[0], pool)
-    return top if top.likelihood > noisy else None  # arithmetic in few bits, or another kind of merge
+    # Arithmetic in few bits, or another kind of merge, whose sums are at no places of their own.
+    return top if top.likelihood > PLAIN * noisy else None
 
 
 def _ranks(state: _State) -> list[int]:
