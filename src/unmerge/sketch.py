@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,10 +43,17 @@ def grid(name: str, shape: tuple[int, int]) -> tuple[Places, Places]:
 
 
 def _strata(seed: str, extent: int, most: int) -> Places:
+    starts, lengths = _edges(extent, most)
+    drawn = np.frombuffer(hashlib.shake_256(seed.encode()).digest(8 * len(starts)), "<u8")
+    return starts + (drawn % lengths).astype(np.intp)
+
+
+@cache
+def _edges(extent: int, most: int) -> tuple[Places, NDArray[np.uint64]]:
+    """Return where strata start and how long they are; a model has few shapes and hundreds of matrices."""
     count = min(extent, most)
     edges = np.arange(count + 1) * extent // max(1, count)
-    drawn = np.frombuffer(hashlib.shake_256(seed.encode()).digest(8 * count), "<u8")
-    return (edges[:-1] + (drawn % np.maximum(1, np.diff(edges)).astype(np.uint64)).astype(np.intp)).astype(np.intp)
+    return edges[:-1].astype(np.intp), np.maximum(1, np.diff(edges)).astype(np.uint64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
