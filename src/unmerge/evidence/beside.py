@@ -59,6 +59,10 @@ one more turn must gain."""
 PLAIN = 0.75
 """Without noise the likelihood's logarithm is smaller than so much of that with the most noise, where whole steps were
 merged: 0.2 to 0.6 times; 0.9 and more where others were."""
+PARTS, NEAR = (2, 3, 4, 5, 6, 7, 8, 10, 20), 0.03
+"""Weights that are tried are multiples of these parts of 1, so far from a start at most."""
+APART = 0.003
+"""Distance from which weights are others."""
 RADIUS, NARROW, LOOKS = 0.02, 0.001, 25
 """The first and the last step of the search for the weights, and how many points are looked at for each of them."""
 SEARCHES = 2
@@ -97,12 +101,15 @@ class Beside:
         Degrees of freedom of the errors.
     drift : array, shape (P,)
         How far the weights moved from what a part of the tensors says.
+    plateau : array, shape (P,)
+        How far weights are that are about as likely, by the same part.
     """
 
     weights: FloatArray
     errors: FloatArray
     freedom: float
     drift: FloatArray
+    plateau: FloatArray
 
     def sampling(self, level: float) -> FloatArray:
         """Return half of each Student interval."""
@@ -111,8 +118,8 @@ class Beside:
         return np.asarray(stdtrit(self.freedom, 0.5 + 0.5 * level) * self.errors)
 
     def half_widths(self, level: float) -> FloatArray:
-        """Return the same with the drift counted in."""
-        return np.hypot(self.sampling(level), self.drift)
+        """Return the same with the drift counted in; the plateau at least."""
+        return np.maximum(np.hypot(self.sampling(level), self.drift), self.plateau)
 
     def intervals(self, level: float, *, signed: bool) -> FloatArray:
         """Return Student's intervals, shape (P, 2)."""
@@ -151,7 +158,7 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
         errors = next((one for one in tried if np.isfinite(one).all()), None)
     if errors is None:
         return None
-    return Beside(state.weights, errors, len(blocks) - 1.0, np.abs(state.weights - top.weights))
+    return Beside(state.weights, errors, len(blocks) - 1.0, np.abs(state.weights - top.weights), top.plateau)
 
 
 def _some(blocks: Sequence[Block]) -> Sequence[Block]:
@@ -160,10 +167,15 @@ def _some(blocks: Sequence[Block]) -> Sequence[Block]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Top:
-    """The likeliest weights, their likelihood, and the stranger's rank."""
+    """The likeliest weights and their likelihood, and the stranger's rank.
+
+    Others that are about as likely are as far as `plateau`, and none beyond `APART` is likelier than `beyond`.
+    """
 
     weights: FloatArray
     likelihood: float
+    plateau: FloatArray
+    beyond: float
     rank: int
 
 
@@ -177,16 +189,37 @@ def _searched(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecut
     annealed = _annealed(blocks, start, pool)
     if annealed is None:
         return None
-    tried = {
-        (rank, number): _fit(blocks, weights, rank, PRECISE, pool)
-        for rank in _ranks(annealed)
-        for number, weights in enumerate((start, annealed.weights))
-    }
-    rank, number = max(tried, key=lambda choice: tried[choice])
-    top = _climbed(blocks, (start, annealed.weights)[number], rank, pool)
-    noisy = _fit(blocks, top.weights, rank, NOISES[0], pool)
-    # Arithmetic in few bits, or another kind of merge, whose sums are at no places of their own.
-    return top if top.likelihood > PLAIN * noisy else None
+
+    def likeliest(choices: Sequence[FloatArray], ranks: Sequence[int]) -> tuple[float, FloatArray, int]:
+        found = [(_fit(blocks, weights, rank, PRECISE, pool), weights, rank) for rank in ranks for weights in choices]
+        return max(found, key=lambda one: one[0])
+
+    ranks = _ranks(annealed)
+    likelihood, weights, rank = likeliest((start, annealed.weights), ranks)
+    simple = _simple((start, annealed.weights))
+    if simple and (best := likeliest(simple, [rank]))[0] > likelihood:
+        _, weights, rank = likeliest([best[1]], ranks)
+    top = _climbed(blocks, weights, rank, pool)
+    return top if _is_of_steps(top, _fit(blocks, top.weights, rank, NOISES[0], pool)) else None
+
+
+def _simple(starts: Sequence[FloatArray]) -> list[FloatArray]:
+    """Return weights near the starts that people choose: multiples of a twentieth, a sixth and so on.
+
+    There sums of whole steps lie on walls, and the likelihood has a peak that no search finds.
+    """
+    rounded = [np.rint(parts * weights) / parts for weights in starts for parts in PARTS]
+    near = [one for one in rounded if min(float(np.abs(one - weights).max()) for weights in starts) <= NEAR]
+    return list({tuple(one): one for one in near if one.min() > 0.0 and 1.0 - one.sum() > LEAST}.values())
+
+
+def _is_of_steps(top: _Top, noisy: float) -> bool:
+    """Tell whether sums of whole steps are seen; not of arithmetic in few bits, or in another kind of merge.
+
+    Either the likelihood without noise is much larger than with it, or, where sums lie on walls, which tells nothing,
+    it is smaller at all other weights.
+    """
+    return top.likelihood > PLAIN * noisy or top.likelihood > noisy > top.beyond
 
 
 def _ranks(state: _State) -> list[int]:
@@ -213,7 +246,10 @@ def _climbed(blocks: Sequence[Block], start: FloatArray, rank: int, pool: Thread
     options = {"initial_tr_radius": RADIUS, "final_tr_radius": NARROW, "maxfev": LOOKS * len(start)}
     minimize(depth, start, method="COBYQA", options=options)
     top = int(np.argmax(heights))
-    return _Top(points[top], heights[top], rank)
+    distances, found = np.abs(np.array(points) - points[top]), np.array(heights)
+    plateau = distances[found >= found[top] - GAIN * abs(found[top])].max(axis=0)
+    beyond = found[distances.max(axis=1) > APART].max(initial=-np.inf)
+    return _Top(points[top], heights[top], plateau, float(beyond), rank)
 
 
 def _held(
