@@ -82,6 +82,18 @@ def test_nearly_equal_weights_are_found_and_too_much_is_not_claimed(near: float)
         assert (np.abs(found.weights - truth) <= found.half_widths(0.95)).all()
 
 
+@pytest.mark.parametrize("truth", [(0.5,), (0.25, 0.25), (0.6, 0.2)], ids=str)
+@pytest.mark.parametrize("share", [0.003, 0.01])
+def test_weights_that_people_choose_are_found(truth: tuple[float, ...], share: float) -> None:
+    blocks, start = merges(1, share, truth=np.array(truth), strangers=(1.0 - sum(truth),))
+    found = beside_stranger(blocks, start)
+    # Half of the sums lie on walls, and all but these weights are excluded; or none, and those nearby are as likely.
+    assert found is not None
+    assert found.weights == pytest.approx(truth, abs=0.003 if share < 0.01 else 3e-4)
+    if share == 0.01:
+        assert (np.abs(found.weights - truth) <= found.half_widths(0.95)).all()
+
+
 def test_weights_are_found_where_half_of_the_changes_are_a_step_or_less() -> None:
     blocks, start = merges(0, 0.003, tensors=8)
     assert np.median([np.abs(block.changes / BF16.spacing(block.weights)) for block in blocks]) <= 1.0
