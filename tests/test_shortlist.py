@@ -110,13 +110,10 @@ def test_the_answer_is_that_of_all_atoms(
         one, other = found[name], expected[name]
         assert one.interval is not None
         assert other.interval is not None
-        if target == "beside":  # the search begins at what all fitted atoms leave; the intervals meet
-            width = other.interval[1] - other.interval[0]
-            assert one.weight == pytest.approx(other.weight, abs=0.5 * width)
-            assert max(one.interval[0], other.interval[0]) <= min(one.interval[1], other.interval[1])
-        else:
-            assert one.weight == pytest.approx(other.weight, abs=1e-9)
-            assert one.interval == pytest.approx(other.interval, abs=1e-9)
+        # Beside a stranger, the test's noise is what all fitted atoms leave of it.
+        width = other.interval[1] - other.interval[0] if target == "beside" else 0.0
+        assert one.weight == pytest.approx(other.weight, abs=1e-9 + 0.25 * width)
+        assert one.interval == pytest.approx(other.interval, abs=1e-9 + width)
     # Where all atoms are fitted, those that are not there get a little of the rest each.
     least = 0.02 if target in {"beside", "unknown"} else 0.005
     for name, item in found.items():
