@@ -93,6 +93,18 @@ def see_continuous(
 
 
 @_compiled
+def _told(
+    total: float, score: float, first: float, second: float, noise: float, middle: float, error: float
+) -> tuple[float, float, float, float]:
+    """Return probability, score, mean and variance of an element from sums over steps, in standard deviations."""
+    whole = total + STRAY
+    mean = first / whole
+    # An element that nothing accounts for says nothing: its share of the answer is what was known before.
+    spread = (second + STRAY) / whole - mean**2
+    return total, score / (whole * noise), middle + error * mean, error**2 * max(spread, 0.0)
+
+
+@_compiled
 def see_stepwise(
     low: float, high: float, spacing: float, noise: float, middle: float, error: float, share: float, offsets: int
 ) -> tuple[float, float, float, float]:
@@ -116,11 +128,7 @@ def see_stepwise(
         first += (at_edge - at_upper) * inside
         second += (chance + edge * at_edge - upper * at_upper) * inside
         edge, below, at_edge = upper, above, at_upper
-    whole = total + STRAY
-    mean = first / whole
-    # An element that nothing accounts for says nothing: its share of the answer is what was known before.
-    spread = (second + STRAY) / whole - mean**2
-    return total, score / (whole * noise), middle + error * mean, error**2 * max(spread, 0.0)
+    return _told(total, score, first, second, noise, middle, error)
 
 
 @_compiled
@@ -170,10 +178,7 @@ def see_across(
         two += (chance + edge * at_edge - upper * at_upper) * inside
         edge, below, at_edge = upper, above, at_upper
         value, following = following, _above(following, fine, smallest)
-    whole = total + STRAY
-    mean = one / whole
-    spread = (two + STRAY) / whole - mean**2
-    return total, score / (whole * noise), middle + error * mean, error**2 * max(spread, 0.0)
+    return _told(total, score, one, two, noise, middle, error)
 
 
 @_compiled
