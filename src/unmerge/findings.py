@@ -215,6 +215,11 @@ def _examine(
     for atom in kept:
         if findings[atom].present:
             findings[atom] = _refined(findings[atom], estimate, atom)
+    suspects = {atom: tests[atom].own for atom, finding in enumerate(findings) if finding.reason == WEAK}
+    if suspects:
+        seen = corners(regression, target, base, [*kept, *suspects], workers=workers)
+        for atom, found in _suspected(suspects, list(seen.values()), estimate, signed=solver.signed).items():
+            findings[atom] = replace(findings[atom], weight=found[0], interval=found[1])
     return Findings(tuple(findings), unknown)
 
 
@@ -438,6 +443,12 @@ def _remaining(found: FloatArray, weights: FloatArray) -> FloatArray:
     return np.asarray(np.clip(shares, *REMAINING))
 
 
+def _rounded_off(seen: Sequence[Corner], weights: FloatArray) -> FloatArray:
+    """Return what rounding leaves of each coefficient, seen on two merges made again with a stranger, shape (2, P)."""
+    again = simulated_least_squares(seen, weights, _strangers(seen, weights), np.random.default_rng(0))
+    return np.array([_remaining(found, weights) for found in again])
+
+
 def _corrected(test: Presence, remaining: FloatArray, *, signed: bool) -> tuple[float, tuple[float, float]]:
     """Return the drift-free weight corrected by the first share, and an interval that holds those by all shares."""
     found = [_drift_free(test, float(share), signed=signed) for share in remaining]
@@ -481,10 +492,7 @@ def _estimate(
     weights, share, floor, way = fitted, 1.0, 0.0, ""
     intervals: tuple[tuple[float, float] | None, ...] = ()
     for _ in range(REFINEMENTS):
-        # What rounding leaves of each coefficient, seen on a merge made again with a stranger of that size.
-        strangers = _strangers(looked_at, weights)
-        again = simulated_least_squares(looked_at, weights, strangers, np.random.default_rng(0))
-        remaining = np.array([_remaining(seen_again, weights) for seen_again in again])
+        remaining = _rounded_off(looked_at, weights)
         found = {
             place: _corrected(certain[atom], remaining[:, place], signed=signed)
             for atom, place in places.items()
@@ -495,6 +503,22 @@ def _estimate(
         share = own.residual_energy(weights) / total.energy
         floor, way = _floor(regression, looked_at, weights, share)
     return _Estimate(weights, intervals, share, floor, way, places, rough=True)
+
+
+def _suspected(
+    suspects: Mapping[int, Presence], seen: Sequence[Corner], estimate: _Estimate, *, signed: bool
+) -> dict[int, tuple[float, tuple[float, float]]]:
+    """Return weights and intervals of atoms that may be there, after those of the estimate in `seen`, less rounding."""
+    weights = np.concatenate([estimate.weights, [test.weight for test in suspects.values()]])
+    found: dict[int, tuple[float, tuple[float, float]]] = {}
+    for _ in range(REFINEMENTS):
+        remaining = _rounded_off(seen, weights)[:, len(estimate.weights) :]
+        found = {
+            atom: _corrected(test, remaining[:, place], signed=signed)
+            for place, (atom, test) in enumerate(suspects.items())
+        }
+        weights = np.concatenate([estimate.weights, [weight for weight, _ in found.values()]])
+    return found
 
 
 def _beside(

@@ -59,14 +59,18 @@ one more turn must gain."""
 PLAIN = 0.75
 """Without noise the likelihood's logarithm is smaller than so much of that with the most noise, where whole steps were
 merged: 0.2 to 0.6 times; 0.9 and more where others were."""
+IMPROVED, CLOSER = (2, 6), 0.02
+"""The same where the stranger of other weights is improved."""
 PARTS, NEAR = (2, 3, 4, 5, 6, 7, 8, 10, 20), 0.03
 """Weights that are tried are multiples of these parts of 1, so far from a start at most."""
 APART = 0.003
 """Distance from which weights are others."""
-RADIUS, NARROW, LOOKS = 0.02, 0.001, 25
+RADIUS, NEARER, NARROW, LOOKS = 0.02, 0.005, 0.001, 25
 """The first and the last step of the search for the weights, and how many points are looked at for each of them."""
 SEARCHES = 2
 """Turns in which the stranger's directions are looked for; later they are refined."""
+BETTER = 0.1
+"""Part of the likelihood's logarithm that a second search must gain to decide."""
 LEAST = 0.02
 """Weight from which a stranger can be estimated."""
 LOW = 4
@@ -167,16 +171,23 @@ def _some(blocks: Sequence[Block]) -> Sequence[Block]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Top:
-    """The likeliest weights and their likelihood, and the stranger's rank.
+    """The likeliest weights and stranger, and their likelihood.
 
     Others that are about as likely are as far as `plateau`, and none beyond `APART` is likelier than `beyond`.
     """
 
-    weights: FloatArray
+    state: _State
     likelihood: float
     plateau: FloatArray
     beyond: float
-    rank: int
+
+    @property
+    def weights(self) -> FloatArray:
+        return self.state.weights
+
+    @property
+    def rank(self) -> int:
+        return self.state.strangers[0].factors.rank
 
 
 def _searched(blocks: Sequence[Block], start: FloatArray, pool: ThreadPoolExecutor) -> _Top | None:
@@ -232,34 +243,62 @@ def _ranks(state: _State) -> list[int]:
 
 
 def _climbed(blocks: Sequence[Block], start: FloatArray, rank: int, pool: ThreadPoolExecutor) -> _Top:
-    """Search for the likeliest weights by quadratic models."""
+    """Search for the likeliest weights, twice.
+
+    The stranger beside each weight is found from afresh. Now and then that ends in poor optima, and other weights look
+    likelier than the true ones. So the search is repeated nearer by, where the stranger of the likeliest weights so far
+    is improved a little. As it favours weights near those that it comes from, the second search decides only if its
+    stranger is much likelier there than back at the first top.
+    """
+    first = _climb(blocks, start, rank, pool)
+    second = _climb(blocks, first.weights, rank, pool, near=first.state)
+    _, back = _held(blocks, first.weights, rank, PRECISE, pool, near=second.state)
+    return second if second.likelihood - back > BETTER * abs(back) else first
+
+
+def _climb(
+    blocks: Sequence[Block], start: FloatArray, rank: int, pool: ThreadPoolExecutor, *, near: _State | None = None
+) -> _Top:
+    """Climb to the likeliest weights by quadratic models; the stranger is found from afresh or improved from `near`."""
     from scipy.optimize import minimize
 
     points: list[FloatArray] = []
     heights: list[float] = []
+    tops = [near] if near else []
 
     def depth(weights: FloatArray) -> float:
         points.append(weights * min(1.0, (1.0 - LEAST) / max(float(weights.sum()), 1e-30)))
-        heights.append(_fit(blocks, points[-1], rank, PRECISE, pool))
-        return -heights[-1] / max(1.0, abs(heights[0]))
+        found, likelihood = _held(blocks, points[-1], rank, PRECISE, pool, near=tops[-1] if near else None)
+        if likelihood > max(heights, default=-np.inf):
+            tops.append(found)
+        heights.append(likelihood)
+        return -likelihood / max(1.0, abs(heights[0]))
 
-    options = {"initial_tr_radius": RADIUS, "final_tr_radius": NARROW, "maxfev": LOOKS * len(start)}
+    radius = NEARER if near else RADIUS
+    options = {"initial_tr_radius": radius, "final_tr_radius": NARROW, "maxfev": LOOKS * len(start)}
     minimize(depth, start, method="COBYQA", options=options)
     top = int(np.argmax(heights))
     distances, found = np.abs(np.array(points) - points[top]), np.array(heights)
     plateau = distances[found >= found[top] - GAIN * abs(found[top])].max(axis=0)
     beyond = found[distances.max(axis=1) > APART].max(initial=-np.inf)
-    return _Top(points[top], heights[top], plateau, float(beyond), rank)
+    return _Top(tops[-1], heights[top], plateau, float(beyond))
 
 
 def _held(
-    blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor
+    blocks: Sequence[Block],
+    weights: FloatArray,
+    rank: int,
+    noise: float,
+    pool: ThreadPoolExecutor,
+    *,
+    near: _State | None = None,
 ) -> tuple[_State, float]:
-    """Fit a stranger of this rank beside given weights; also return the likelihood."""
-    state, before = _first(blocks, weights, rank), -np.inf
-    for turn in range(HELD[1]):
-        better, likelihood = _refitted(blocks, state, rank, noise, pool, search=turn < SEARCHES)
-        if turn >= HELD[0] and likelihood - before < CLOSE * abs(likelihood):
+    """Fit a stranger of this rank beside given weights, or improve one of others; also return the likelihood."""
+    state, before = _State(weights, near.strangers) if near else _first(blocks, weights, rank), -np.inf
+    (least, most), close = (IMPROVED, CLOSER) if near else (HELD, CLOSE)
+    for turn in range(most):
+        better, likelihood = _refitted(blocks, state, rank, noise, pool, search=near is None and turn < SEARCHES)
+        if turn >= least and likelihood - before < close * abs(likelihood):
             break
         state, before = better, likelihood
     return state, likelihood
