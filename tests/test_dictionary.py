@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 import unmerge
 from tests.conftest import Shelf
 from unmerge import accumulate, dictionary
-from unmerge.checkpoint.tensor import FileTensor
+from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.checkpoint.reader import open_checkpoint
+from unmerge.checkpoint.tensor import FileTensor, values
 from unmerge.compress import materialise
 from unmerge.dictionary import MANIFEST, add, build, open_atom, open_base, open_dictionary, read_manifest, verify
 from unmerge.directions import DIRECTIONS, directions
@@ -56,8 +59,10 @@ def test_adding_gives_the_gram_matrix_of_building_at_once(shelf: Shelf, tmp_path
     whole, grown = (open_dictionary(tmp_path / name, open_base(shelf.base)) for name in ("whole", "grown"))
     assert grown.names == whole.names
     assert grown.gram.keys() == whole.gram.keys()
+    assert grown.shown.keys() == whole.shown.keys() == whole.gram.keys()
     for name, gram in whole.gram.items():
         np.testing.assert_allclose(grown.gram[name], gram, rtol=1e-12, atol=1e-15 * np.abs(gram).max())
+        np.testing.assert_allclose(grown.shown[name], whole.shown[name], rtol=1e-9, atol=1e-12 * np.abs(gram).max())
 
 
 def test_adding_computes_only_the_new_row(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +149,9 @@ class TestBeyondProducts:
         monkeypatch.setattr(dictionary, "PRODUCTS", len(names))
         build(tmp_path / "all", shelf.paths(*names), shelf.base)
         two, every = (
-            unmerge.attribute(shelf.path("merge"), [str(tmp_path / name)], base=shelf.base) for name in ("two", "all")
+            # Exact: inner products of full checkpoints that are not kept are those of their directions by default.
+            unmerge.attribute(shelf.path("merge"), [str(tmp_path / name)], base=shelf.base, exact=True)
+            for name in ("two", "all")
         )
         assert two.model_copy(update={"method": every.method}) == every
 
@@ -299,6 +306,174 @@ class TestDirections:
             open_dictionary(tmp_path / "d", open_base(shelf.base))
 
 
+class TestAnswersFromDirections:
+    """Full checkpoints of a dictionary are compared in what it keeps of them, if they are not asked for."""
+
+    @pytest.fixture
+    def merge(self, shelf: Shelf) -> str:
+        tuned = open_checkpoint(shelf.folder / "full").tensors
+        shelf.changes["full"] = {name: values(tuned[name]).reshape(shelf.model[name].shape) for name in shelf.model}
+        for name, value in shelf.model.items():
+            shelf.changes["full"][name] -= value
+        return shelf.merge("mixed", "BF16", full=0.5, add=0.6)
+
+    @pytest.fixture
+    def few(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Keep so few directions that they hold a part of a full-rank change only."""
+
+        def leading(vector: TaskVector, *, workers: int) -> TaskVector:
+            return directions(vector, 12, workers=workers)
+
+        monkeypatch.setattr(dictionary, "directions", leading)
+
+    def ask(self, shelf: Shelf, folder: Path, target: str, **options: Any) -> unmerge.Attribution:
+        return unmerge.attribute(target, [str(folder)], base=shelf.base, **options)
+
+    def relatives(self, shelf: Shelf, folder: Path) -> tuple[list[str], dict[str, FloatArray]]:
+        """Write two full checkpoints that have much in common, in all directions, and norms of their own."""
+        rng = np.random.default_rng(8)
+        common = {name: rng.standard_normal(value.shape) for name, value in shelf.model.items()}
+        changes: dict[str, FloatArray] = {}
+        for number in (1, 2):
+            tuned = {
+                name: quantise(value + 0.002 * (common[name] + rng.standard_normal(value.shape)), "F32")
+                for name, value in shelf.model.items()
+            }
+            write_checkpoint(folder / f"full{number}", tuned, "F32")
+            changes |= {f"full{number}/{name}": tuned[name] - value for name, value in shelf.model.items()}
+        return [str(folder / "full1"), shelf.path("add"), str(folder / "full2")], changes
+
+    @pytest.mark.usefixtures("few")
+    def test_products_of_directions_are_those_of_a_dense_computation(self, shelf: Shelf, tmp_path: Path) -> None:
+        paths, changes = self.relatives(shelf, tmp_path)
+        build(tmp_path / "d", paths, shelf.base)
+        opened = open_dictionary(tmp_path / "d", open_base(shelf.base))
+        assert opened.names == ("full1", "add", "full2")
+        for name, shown in opened.shown.items():
+            shape = shelf.model[name].shape
+            dense = [
+                changes[f"full1/{name}"],
+                shelf.changes["add"].get(name, np.zeros(shape)),
+                changes[f"full2/{name}"],
+            ]
+            for row, atom in enumerate(opened.atoms):
+                assert atom.directions is not None
+                change = atom.directions.deltas.get(name)
+                rows, columns = (1, shape[0]) if len(shape) == 1 else shape
+                own = np.zeros((rows, columns)) if change is None else change.block(0, rows)[0]
+                if change is not None and row == 1:
+                    own = dense[1].reshape(rows, columns)
+                expected = [float(np.vdot(own, other.reshape(rows, columns))) for other in dense]
+                np.testing.assert_allclose(shown[row], expected, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.usefixtures("few")
+    def test_relatives_are_told_apart_as_by_reading_them(self, shelf: Shelf, tmp_path: Path) -> None:
+        paths, changes = self.relatives(shelf, tmp_path)
+        build(tmp_path / "d", paths, shelf.base)
+        merged = {
+            name: value + 0.5 * changes[f"full1/{name}"] + 0.4 * shelf.changes["add"].get(name, 0.0)
+            for name, value in shelf.model.items()
+        }
+        target = str(write_checkpoint(tmp_path / "merged", merged, "F32"))
+        found, exact = (self.ask(shelf, tmp_path / "d", target, exact=exact) for exact in (False, True))
+        coefficients = {item.name: item.coefficient for item in found.components}
+        assert coefficients == pytest.approx({"full1": 0.5, "add": 0.4, "full2": 0.0}, abs=1e-4)
+        assert found.unexplained.share == pytest.approx(exact.unexplained.share, abs=1e-4)
+
+    def test_damaged_products_of_directions_are_found(self, shelf: Shelf, tmp_path: Path) -> None:
+        build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
+        (tmp_path / "d" / "shown" / "full.safetensors").unlink()
+        assert verify(tmp_path / "d") == ["atom full: the products of directions are missing or changed"]
+        with pytest.raises(UnmergeError, match="cannot be read"):
+            open_dictionary(tmp_path / "d", open_base(shelf.base))
+
+    @pytest.mark.usefixtures("few")
+    @pytest.mark.parametrize("products", [0, 9])
+    def test_the_answer_is_near_the_exact_one(
+        self, shelf: Shelf, tmp_path: Path, merge: str, monkeypatch: pytest.MonkeyPatch, products: int
+    ) -> None:
+        monkeypatch.setattr(dictionary, "PRODUCTS", products)
+        build(tmp_path / "d", shelf.paths("add", "full", "sub"), shelf.base)
+        found, exact = (self.ask(shelf, tmp_path / "d", merge, exact=exact) for exact in (False, True))
+        for item in found.components:
+            other = next(one for one in exact.components if one.name == item.name)
+            assert item.present == other.present
+            assert item.coefficient == pytest.approx(other.coefficient, abs=0.02)
+        assert found.unexplained.share == pytest.approx(exact.unexplained.share, abs=0.02)
+        assert [notice for notice in found.notices if "full checkpoint" in notice] == [
+            "1 full checkpoint was compared in the leading directions that a dictionary keeps; --exact reads all"
+        ]
+        assert not any("directions" in notice for notice in exact.notices)
+
+    def test_asked_for_they_are_read_as_if_given_alone(self, shelf: Shelf, tmp_path: Path, merge: str) -> None:
+        build(tmp_path / "d", shelf.paths("full", "add"), shelf.base)
+        stored = self.ask(shelf, tmp_path / "d", merge, exact=True)
+        direct = unmerge.attribute(merge, shelf.paths("full", "add"), base=shelf.base, exact=True)
+        for item in stored.components:
+            other = next(one for one in direct.components if one.name == item.name)
+            assert item.coefficient == pytest.approx(other.coefficient, abs=1e-9)
+            assert (item.weight, item.interval, item.present) == (
+                pytest.approx(other.weight, abs=1e-6), pytest.approx(other.interval, abs=1e-6), other.present,
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("change", ["removed", "moved", "written anew"])
+    def test_a_checkpoint_that_is_not_there_is_not_needed(
+        self, shelf: Shelf, tmp_path: Path, merge: str, change: str
+    ) -> None:
+        build(tmp_path / "d", shelf.paths("full", "add"), shelf.base)
+        before = self.ask(shelf, tmp_path / "d", merge)
+        if change == "removed":
+            shutil.rmtree(shelf.folder / "full")
+        elif change == "moved":
+            (shelf.folder / "full").rename(shelf.folder / "elsewhere")
+        else:
+            write_checkpoint(shelf.folder / "full", shelf.model, "F32")
+        found = self.ask(shelf, tmp_path / "d", merge)
+        assert set(found.notices) - set(before.notices) == {
+            "not there as added to the dictionary, which answered alone: full"
+        }
+        for item in found.components:
+            other = next(one for one in before.components if one.name == item.name)
+            assert (item.coefficient, item.present, item.source) == (other.coefficient, other.present, other.source)
+            assert item.weight == pytest.approx(other.weight, abs=0.01)
+        assert len(verify(tmp_path / "d")) == 1
+        with pytest.raises(DictionaryError, match=r"--exact.* need the checkpoints of a dictionary\)$") as caught:
+            self.ask(shelf, tmp_path / "d", merge, exact=True)
+        assert "\n" not in str(caught.value)
+        for options in ({"top_k": 1000}, {"precision": 0.1}, {"extract_to": tmp_path / "rest"}):
+            with pytest.raises(DictionaryError, match="need the checkpoints"):
+                self.ask(shelf, tmp_path / "d", merge, **options)
+
+    @pytest.mark.usefixtures("few")
+    def test_the_same_files_give_the_same_answer(self, shelf: Shelf, tmp_path: Path, merge: str) -> None:
+        build(tmp_path / "d", shelf.paths("full", "add"), shelf.base)
+        one, two = (self.ask(shelf, tmp_path / "d", merge, workers=workers) for workers in (1, 3))
+        assert one == two
+        kept = self.ask(shelf, tmp_path / "d", merge, state=tmp_path / "state")
+        assert kept == one
+
+    def test_of_a_second_dictionary(self, shelf: Shelf, tmp_path: Path, merge: str) -> None:
+        build(tmp_path / "d", shelf.paths("add"), shelf.base)
+        build(tmp_path / "e", shelf.paths("full", "sub"), shelf.base)
+        atoms = [str(tmp_path / "d"), str(tmp_path / "e"), shelf.path("json")]
+        found = unmerge.attribute(merge, atoms, base=shelf.base)
+        coefficients = {item.name: item.coefficient for item in found.components}
+        assert coefficients["full"] == pytest.approx(0.5, abs=0.01)
+        assert coefficients["add"] == pytest.approx(0.6, abs=0.01)
+
+    def test_a_checkpoint_of_changed_norms_alone_is_read(self, shelf: Shelf, tmp_path: Path) -> None:
+        tuned = {name: value + 0.1 * (value.ndim == 1) for name, value in shelf.model.items()}
+        write_checkpoint(tmp_path / "norms", tuned, "F32")
+        build(tmp_path / "d", [str(tmp_path / "norms")], shelf.base)
+        merged = {name: 0.4 * tuned[name] + 0.6 * value for name, value in shelf.model.items()}
+        target = str(write_checkpoint(tmp_path / "merged", merged, "F32"))
+        found = self.ask(shelf, tmp_path / "d", target)
+        assert found.components[0].coefficient == pytest.approx(0.4, abs=1e-5)
+        shutil.rmtree(tmp_path / "norms")
+        with pytest.raises(UnmergeError, match="no such file or folder"):
+            self.ask(shelf, tmp_path / "d", target)
+
+
 class TestVerify:
     def test_sound(self, shelf: Shelf, tmp_path: Path) -> None:
         build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
@@ -327,8 +502,9 @@ class TestVerify:
         build(tmp_path / "d", shelf.paths("full"), shelf.base)
         write_checkpoint(shelf.folder / "full", shelf.model, "F32")
         assert "has changed since it was added" in verify(tmp_path / "d")[0]
-        with pytest.raises(DictionaryError, match="has changed since it was added"):
-            unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=shelf.base)
+        # By default the dictionary answers without it: see TestAnswersFromDirections.
+        with pytest.raises(DictionaryError, match=r"has changed since it was added.*--exact.* need the checkpoints"):
+            unmerge.attribute(shelf.path("merge"), [str(tmp_path / "d")], base=shelf.base, exact=True)
 
     def test_missing_parts_are_found(self, shelf: Shelf, tmp_path: Path) -> None:
         build(tmp_path / "d", shelf.paths("add", "full"), shelf.base)
@@ -394,7 +570,7 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"schema": "unmerge/dictionary/99"}, "schema 'unmerge/dictionary/99'; this version reads"),
-            ({"schema": "unmerge/dictionary/2"}, "schema 'unmerge/dictionary/2'; .*/3; build it again$"),
+            ({"schema": "unmerge/dictionary/2"}, "schema 'unmerge/dictionary/2'; .*/4; build it again$"),
             ({"atoms": [{"name": "../../etc", "kind": "adapter"}]}, "damaged: one of its atoms"),
             ({"atoms": [{"name": "a", "kind": "pickle"}]}, "damaged: one of its atoms"),
             ({"base": {}}, "damaged: its base"),

@@ -12,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmerge import accumulate, task_vector
+from unmerge import dictionary as dictionaries
 from unmerge.attribution import open_target
+from unmerge.checkpoint.tensor import FileTensor
 from unmerge.compress import materialise
-from unmerge.dictionary import Atom, Base, Dictionary, combine, open_atom, open_base
+from unmerge.dictionary import Atom, Base, Dictionary, build, combine, open_atom, open_base, open_dictionary
+from unmerge.directions import directions
 from unmerge.errors import AlignmentError, DictionaryError, TargetError
 from unmerge.regression import Regression, regress
 from unmerge.statistics import Statistics
+from unmerge.task_vector import TaskVector
 from unmerge.testing import quantise, tiny_model, write_adapter, write_checkpoint
 
 EMPTY = Dictionary((), {})
@@ -203,6 +207,77 @@ def test_resized_vocabulary_is_compared_in_common_rows(world: World, rows: int, 
     dictionary = combine(base, atoms[:known]) if known else EMPTY
     found = world.regress(dictionary=dictionary, extra=atoms[known:], target=f"resized{rows}")
     assert_close(found.total, world.dense(found, f"resized{rows}"))
+
+
+class TestFromDirections:
+    """Full checkpoints of a dictionary, seen through the directions that it keeps."""
+
+    def opened(self, world: World, folder: Path, *names: str) -> Dictionary:
+        if not folder.exists():
+            build(folder, [str(world.folder / name) for name in names], str(world.folder / "base"))
+        return open_dictionary(folder, world.base, kept=True)
+
+    def test_changes_of_low_rank_have_the_statistics_of_a_dense_computation(self, world: World, tmp_path: Path) -> None:
+        rng = np.random.default_rng(17)
+        for name in ("low1", "low2"):
+            tuned = {
+                key: value + 1e-3 * rng.standard_normal((value.shape[0], 5)) @ rng.standard_normal((5, value.shape[1]))
+                for key, value in world.model.items()
+                if value.ndim == 2
+            }
+            write_checkpoint(world.folder / name, {**world.model, **tuned}, "F64")
+            world.changes[name] = {key: value - world.model[key] for key, value in tuned.items()}
+        world.merge("of low rank", {"low1": 0.5, "attention": 0.4}, "F32")
+        for name in ("low1", "low2"):
+            del world.changes[name]  # other tests take all of them
+        dictionary = self.opened(world, tmp_path / "d", "low1", "attention", "low2")
+        found = world.regress(dictionary=dictionary, extra=[], target="of low rank")
+        dense = world.dense(found, "of low rank")
+        size = np.sqrt(np.append(np.diag(dense.gram), dense.energy))
+        bound = np.outer(size[:-1], size[:-1])
+        np.testing.assert_allclose(found.total.gram / bound, dense.gram / bound, rtol=0, atol=1e-6)
+        bound = size[:-1] * size[-1]
+        np.testing.assert_allclose(found.total.correlation / bound, dense.correlation / bound, rtol=0, atol=1e-6)
+        assert (found.total.energy, found.total.count) == (pytest.approx(dense.energy, rel=1e-9), dense.count)
+
+    def test_the_gram_matrix_is_exact_and_no_weights_are_read(
+        self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def leading(vector: TaskVector, *, workers: int) -> TaskVector:
+            return directions(vector, 8, workers=workers)
+
+        monkeypatch.setattr(dictionaries, "directions", leading)
+        dictionary = self.opened(world, tmp_path / "d", "full16", "attention", "full32")
+        read: list[Path] = []
+        real = FileTensor._read
+
+        def watched(tensor: FileTensor, runs: Any, out: Any) -> None:
+            read.append(tensor.origin)
+            real(tensor, runs, out)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileTensor, "_read", watched)
+            found = world.regress(dictionary=dictionary, extra=[], contacts=True)
+        assert tmp_path / "d" / "directions" / "full16.safetensors" in read
+        assert not {file for file in read if file.parent.name in {"full16", "full32"}}
+        dense = world.dense(found)
+        np.testing.assert_allclose(found.total.gram, dense.gram, rtol=1e-9, atol=1e-12 * np.abs(dense.gram).max())
+        truth, mine = (np.linalg.solve(item.gram, item.correlation) for item in (dense, found.total))
+        np.testing.assert_allclose(mine, truth, atol=0.02)
+        for tensor in found.tensors:
+            statistics = tensor.statistics
+            left = statistics.energy - float(
+                statistics.correlation @ np.linalg.lstsq(statistics.gram, statistics.correlation, rcond=1e-9)[0]
+            )
+            assert left >= -1e-9 * statistics.energy
+
+    def test_a_resized_vocabulary_takes_a_part_of_the_energies(self, world: World, tmp_path: Path) -> None:
+        more = {name: world.model[name][:50] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        world.merge("fewer", {"full16": 0.3}, **more)
+        dictionary = self.opened(world, tmp_path / "d", "full16", "attention")
+        found = world.regress(dictionary=dictionary, extra=[], target="fewer")
+        dense = world.dense(found, "fewer")
+        np.testing.assert_allclose(np.diag(found.total.gram), np.diag(dense.gram), rtol=1e-6)
 
 
 def test_sampling_estimates_the_energy_of_untouched_tensors(world: World) -> None:

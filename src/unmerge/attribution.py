@@ -75,7 +75,8 @@ def attribute(
         Allow negative coefficients (task negation).
     exact : bool
         Read every tensor whole, and compare every atom on all parameters; by default large tensors that no atom
-        changes are sampled, of large dictionaries only the atoms that show in sketches are opened, and both is said.
+        changes are sampled, of large dictionaries only the atoms that show in sketches are opened, full checkpoints in
+        dictionaries are compared in their leading directions, and all that is said.
     float64 : bool
         Compute large tensors in float64 too; by default their one large GEMM is in float32.
     device : str, optional
@@ -119,7 +120,7 @@ def attribute(
     question = open_question(
         atoms, base=base, solver=solver, signed=signed, exact=exact, float64=float64, device=device,
         precision=precision, budget=budget, top_k=top_k, decoys=decoys, other_bases=other_bases,
-        allow_pickle=allow_pickle, workers=workers,
+        elements=extract_to is not None, allow_pickle=allow_pickle, workers=workers,
     )  # fmt: skip
     question.refuse(extract=extract_to is not None, state=state is not None)
     goal = question.open_target(str(target))
@@ -237,10 +238,16 @@ def open_question(
     top_k: int | None = None,
     decoys: int = 0,
     other_bases: Sequence[str | Path] = (),
+    elements: bool = False,
     allow_pickle: bool = False,
     workers: int | None = None,
 ) -> Question:
     """Open the base and the atoms that targets are to be explained by; the options are those of `attribute`.
+
+    Parameters
+    ----------
+    elements : bool
+        Open full checkpoints in dictionaries to be read, as `exact`, `top_k`, `precision` and `budget` do.
 
     Raises
     ------
@@ -259,7 +266,10 @@ def open_question(
     origin = open_base(str(base), allow_pickle=allow_pickle)
     whole = exact or bounds is not None or top_k is not None
     sampled = bounds is not None
-    shelf = Shelf.of([str(atom) for atom in atoms], origin, whole=whole, sampled=sampled, allow_pickle=allow_pickle)
+    shelf = Shelf.of(
+        [str(atom) for atom in atoms], origin, whole=whole, elements=whole or elements, sampled=sampled,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
     known = shelf.open_all() if shelf.large is None else None
     others = tuple(str(other) for other in other_bases)
     threads = workers or os.cpu_count() or 1

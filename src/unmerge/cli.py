@@ -100,7 +100,8 @@ def attribute(
         typer.Option(
             "--exact",
             help="Read every tensor whole and compare every atom; by default, large tensors that no atom changes are "
-            "sampled, and of large dictionaries only atoms that show in sketches are compared.",
+            "sampled, of large dictionaries only atoms that show in sketches are compared, and full checkpoints in "
+            "dictionaries are compared in their leading directions.",
         ),
     ] = False,
     float64: Annotated[

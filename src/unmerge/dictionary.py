@@ -12,6 +12,8 @@ On disk it is a folder::
     sketch/NAME.safetensors     a few values of what each atom changes, and its energy in each tensor
     gram/NAME.safetensors       products of this atom with those before it and itself, one vector per tensor; of the
                                 first atoms alone
+    shown/NAME.safetensors      the same of its directions with those atoms, and of it with their directions: two
+                                vectors; where one of them is a full checkpoint
 
 The manifest is written last and by renaming, so a half-written dictionary is never seen.
 """
@@ -25,7 +27,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -51,11 +53,15 @@ from unmerge.task_vector import Delta, LowRank, TaskVector, adapter_deltas, chec
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-SCHEMA = "unmerge/dictionary/3"
+SCHEMA = "unmerge/dictionary/4"
 MANIFEST = "manifest.json"
 PRODUCTS = 128
 """Atoms of a dictionary whose inner products are kept: the first ones. A row for each of a thousand would be read by
 every answer and computed with every addition, and a target needs those of few."""
+NEEDS_CHECKPOINTS = (
+    "--exact, --top-k, --precision, --budget, --extract, recipes and additions need the checkpoints of a dictionary"
+)
+"""What a checkpoint's directions are not enough for."""
 _LATER = ""
 """Digest of an adapter that is not yet known: it is computed while the adapter is sketched."""
 _AT_ONCE = 1 << 26
@@ -95,17 +101,29 @@ class Atom:
     directions : TaskVector or None
         The leading directions of what it changed, as low-rank changes; None where they were not computed. Of an
         adapter in a dictionary, they are `vector` itself if it is low-rank in every matrix, else None.
+    energies : mapping of str to float, or None
+        Of a full checkpoint that is to be answered from what a dictionary keeps of it: the energy of its change in
+        each tensor, in squared weight units. Its directions are then read in its place; None where it is read itself.
+    lost : bool
+        Whether its checkpoint is not there as it was added, so that `vector` holds the directions alone.
     """
 
     vector: TaskVector
     source: Source
     kind: Literal["adapter", "checkpoint"]
     directions: TaskVector | None = None
+    energies: Mapping[str, float] | None = None
+    lost: bool = False
 
     @property
     def name(self) -> str:
         """What users call it."""
         return self.vector.name
+
+    @property
+    def changed(self) -> Collection[str]:
+        """The tensors that it changes, or may change."""
+        return self.vector.deltas.keys() if self.energies is None else self.energies.keys()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,11 +139,15 @@ class Dictionary:
         atom changes are absent.
     beyond : tuple of Atom
         Further atoms, whose inner products are not kept.
+    shown : mapping
+        Tensor name to the products, shape (K, K), of the directions of each full checkpoint, or an adapter as it is
+        (rows), with all atoms as they are; empty if there are adapters alone, or it was not read from disk.
     """
 
     atoms: tuple[Atom, ...]
     gram: Mapping[str, FloatArray]
     beyond: tuple[Atom, ...] = ()
+    shown: Mapping[str, FloatArray] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -199,6 +221,7 @@ def open_atom(
     name: str | None = None,
     digest: str | None = None,
     sampled: bool = False,
+    cached: bool = False,
     allow_pickle: bool = False,
 ) -> Atom:
     """Find an adapter or a full checkpoint and read what it changed.
@@ -211,6 +234,8 @@ def open_atom(
         What to call it, over the reference's own name.
     digest, sampled
         See `read_task_vector`.
+    cached : bool
+        Download nothing.
 
     Raises
     ------
@@ -218,7 +243,7 @@ def open_atom(
         If it cannot be found or read, or does not belong to the base.
     """
     given, rest = split_name(reference)
-    source = resolve(rest, allow_pickle=allow_pickle)
+    source = resolve(rest, cached=cached, allow_pickle=allow_pickle)
     label = name or given or source.default_name
     if not _NAME.match(label):
         raise DictionaryError(
@@ -395,7 +420,7 @@ def build(
     check_names([atom.name for atom in atoms])
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as folder:
-        _write(folder, base, [], atoms, known, workers=workers)
+        _write(folder, base, [], atoms, known, {}, workers=workers)
         if path.exists():
             path.rmdir()
         folder.rename(path)
@@ -428,11 +453,11 @@ def add(
     room = max(0, PRODUCTS - len(entries)) if all(entry["gram_sha256"] for entry in entries) else 0
     atoms = _open_new(references, base, room, allow_pickle=allow_pickle)
     check_names([*(entry["name"] for entry in entries), *(atom.name for atom in atoms)])
-    known = Dictionary((), {})
+    opened = known = Dictionary((), {})
     if room > 0:
         opened = open_dictionary(path, base, allow_pickle=allow_pickle)
         known = combine(base, atoms[:room], known=opened, workers=workers, start=start)
-    _write(path, base, entries, atoms, known, workers=workers)
+    _write(path, base, entries, atoms, known, opened.shown, workers=workers)
     return tuple(atom.name for atom in atoms)
 
 
@@ -450,18 +475,27 @@ def _write(
     entries: Sequence[Mapping[str, Any]],
     atoms: Sequence[Atom],
     known: Dictionary,
+    shown: Mapping[str, FloatArray],
     *,
     workers: int,
 ) -> None:
     """Write atoms after those of the entries, then the manifest, which makes them count.
 
-    `known` has the products of those that were before, and of the new ones for which there is room.
+    `known` has the products of those that were before, and of the new ones for which there is room; `shown` those of
+    directions, of the former.
     """
     layout = Layout.of(base.shapes)
     written = [
         _write_atom(path, atom, layout, _row(known, len(entries) + position), workers=workers)
         for position, atom in enumerate(atoms)
     ]
+    new = [_with_directions(path, atom) for atom in known.atoms[len(entries) :]]
+    if new and any(atom.kind == "checkpoint" for atom in known.atoms):
+        found = _shown(base, new, known, shown, workers=workers)
+        for position, entry in enumerate(written[: len(new)], start=len(entries)):
+            file = _shown_file(path, entry["name"])
+            _save(file, {name: _both_ways(matrix, position) for name, matrix in found.items()})
+            entry["shown_sha256"] = _sha256(file)
     manifest = {
         "schema": SCHEMA,
         "base": {
@@ -482,6 +516,55 @@ def _row(known: Dictionary, position: int) -> dict[str, FloatArray] | None:
     if position >= len(known.atoms):
         return None
     return {name: gram[position, : position + 1].copy() for name, gram in known.gram.items()}
+
+
+def _shown(
+    base: Base, new: Sequence[Atom], known: Dictionary, before: Mapping[str, FloatArray], *, workers: int
+) -> dict[str, FloatArray]:
+    """Return `Dictionary.shown` of all known atoms, the new ones last.
+
+    Parameters
+    ----------
+    new : sequence of Atom
+        With their directions.
+    before : mapping
+        The same of the others.
+    """
+    old = len(known.atoms) - len(new)
+    atoms = (*known.atoms[:old], *new)
+    vectors: dict[tuple[int, bool], TaskVector] = {}
+    """By place, and whether it is of the directions; the new ones first."""
+    for places in (range(old, len(atoms)), range(old)):
+        vectors |= {(place, False): atoms[place].vector for place in places}
+        vectors |= {(place, True): _leading(atoms[place]) for place in places if atoms[place].kind == "checkpoint"}
+    columns = {key: column for column, key in enumerate(vectors)}
+    whole = [columns[place, False] for place in range(len(atoms))]
+    leading = [columns.get((place, True), column) for place, column in enumerate(whole)]
+    rows = sum(place >= old for place, _ in vectors)
+    every = list(vectors.values())
+    changed = {name for vector in every[:rows] for name in vector.deltas}
+    shapes = {name: base.shapes[name] for name in changed & base.shapes.keys()}
+    found = accumulate(plan(shapes, every, workers=workers), every[:rows], every[rows:])
+    shown = {}
+    for name, gram in known.gram.items():
+        shown[name] = np.zeros_like(gram)
+        shown[name][:old, :old] = before.get(name, gram[:old, :old])
+        if name in found:
+            products = total(found[name]).gram
+            shown[name][old:] = products[np.ix_(leading[old:], whole)]
+            shown[name][:old, old:] = products[np.ix_(whole[old:], leading[:old])].T
+    return shown
+
+
+def _leading(atom: Atom) -> TaskVector:
+    if atom.directions is None:
+        raise ValueError(f"{atom.name}: its directions are not known")
+    return replace(atom.directions, digest=f"{atom.vector.digest}/directions")
+
+
+def _both_ways(shown: FloatArray, position: int) -> FloatArray:
+    """Return the part of `Dictionary.shown` that an atom brings: its row and its column, shape (2, position + 1)."""
+    return np.stack([shown[position, : position + 1], shown[: position + 1, position]])
 
 
 def _write_atom(
@@ -528,6 +611,10 @@ def _sketch_file(path: Path, name: str) -> Path:
 
 def _products_file(path: Path, name: str) -> Path:
     return path / "gram" / f"{name}.safetensors"
+
+
+def _shown_file(path: Path, name: str) -> Path:
+    return path / "shown" / f"{name}.safetensors"
 
 
 def _save(file: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -593,6 +680,7 @@ def _entry(path: Path, atom: Atom, digest: str, *, has_row: bool) -> dict[str, A
         "sketch_sha256": _sha256(_sketch_file(path, atom.name)),
         "gram_sha256": _sha256(_products_file(path, atom.name)) if has_row else None,
         "directions_sha256": None if atom.kind == "adapter" else _sha256(_directions_file(path, atom.name)),
+        "shown_sha256": None,
     }
 
 
@@ -668,15 +756,18 @@ def manifest_base(manifest: Mapping[str, Any]) -> str:
 
 
 _TEXTS = itemgetter("name", "digest", "reference", "sketch_sha256")
+_PRODUCTS = itemgetter("gram_sha256", "shown_sha256")
 
 
 def _is_entry(entry: Any) -> bool:
     # A thousand entries are checked with every answer.
     try:
-        texts, gram, leading = _TEXTS(entry), entry["gram_sha256"], entry["directions_sha256"]
+        texts, products, leading = _TEXTS(entry), _PRODUCTS(entry), entry["directions_sha256"]
     except (KeyError, TypeError):
         return False
-    if set(map(type, texts)) != {str} or not (gram is None or type(gram) is str) or not _NAME.match(texts[0]):
+    if set(map(type, texts)) != {str} or not _NAME.match(texts[0]):
+        return False
+    if not all(digest is None or type(digest) is str for digest in products):
         return False
     kind = entry.get("kind")
     return type(leading) is str if kind == "checkpoint" else kind == "adapter" and leading is None
@@ -701,7 +792,7 @@ def _entries_on(path: Path, base: Base) -> list[dict[str, Any]]:
 
 
 def open_dictionary(
-    path: Path, base: Base, names: Collection[str] | None = None, *, allow_pickle: bool = False
+    path: Path, base: Base, names: Collection[str] | None = None, *, kept: bool = False, allow_pickle: bool = False
 ) -> Dictionary:
     """Open a dictionary for use with a base.
 
@@ -709,6 +800,9 @@ def open_dictionary(
     ----------
     names : collection of str, optional
         The atoms to open; all by default. No file of another one is read.
+    kept : bool
+        Answer for full checkpoints from what is kept of them; see `Atom.energies`. That one is gone or has changed is
+        then no error, and none is downloaded. (Those that change vectors alone have no directions, and are opened.)
 
     Raises
     ------
@@ -717,12 +811,39 @@ def open_dictionary(
     """
     entries = _entries_on(path, base)
     chosen = [place for place, entry in enumerate(entries) if names is None or entry["name"] in names]
-    atoms = [_open_entry(path, entries[place], base, allow_pickle=allow_pickle) for place in chosen]
-    # Headers only: every atom gets its leading directions.
-    atoms = [replace(atom, directions=_read_directions(path, atom)) for atom in atoms]
+    opening = _open_kept if kept else _open_whole
+    atoms = [opening(path, entries[place], base, allow_pickle=allow_pickle) for place in chosen]
     places = [place for place in chosen if entries[place]["gram_sha256"]]
     known = tuple(atoms[: len(places)])
-    return Dictionary(known, _read_gram(path, known, places), tuple(atoms[len(places) :]))
+    gram = _read_gram(path, known, places)
+    files = [_shown_file(path, entries[place]["name"]) if entries[place]["shown_sha256"] else None for place in places]
+    shown = _read_shown(path, known, places, files, gram) if any(files) else {}
+    opened = Dictionary(known, gram, tuple(atoms[len(places) :]), shown)
+    return _with_energies(path, opened, base) if kept else opened
+
+
+def _with_energies(path: Path, opened: Dictionary, base: Base) -> Dictionary:
+    """Give full checkpoints that have directions their energies: from inner products, or else from sketches."""
+    layout = Layout.of(base.shapes)
+
+    def of_product(place: int, atom: Atom) -> Atom:
+        return _answered(atom, {name: float(gram[place, place]) for name, gram in opened.gram.items()})
+
+    def of_sketch(atom: Atom) -> Atom:
+        energies = stack([_sketch_file(path, atom.name)], layout).energies[0]
+        return _answered(atom, dict(zip(layout.shapes, energies[:-1].tolist(), strict=True)))
+
+    known = tuple(of_product(place, atom) if _is_kept(atom) else atom for place, atom in enumerate(opened.atoms))
+    beyond = tuple(of_sketch(atom) if _is_kept(atom) else atom for atom in opened.beyond)
+    return Dictionary(known, opened.gram, beyond, opened.shown)
+
+
+def _is_kept(atom: Atom) -> bool:
+    return atom.kind == "checkpoint" and atom.directions is not None and bool(atom.directions.deltas)
+
+
+def _answered(atom: Atom, energies: Mapping[str, float]) -> Atom:
+    return replace(atom, energies={name: energy for name, energy in sorted(energies.items()) if energy > 0.0})
 
 
 def read_records(path: Path, base: Base) -> tuple[Record, ...]:
@@ -812,25 +933,73 @@ def _exact_row(path: Path, name: str) -> FloatArray | None:
     return total
 
 
-def _read_directions(path: Path, atom: Atom) -> TaskVector | None:
-    if atom.kind == "adapter":
-        return atom.vector if is_low_rank(atom.vector) else None
-    tensors, _ = read_header(_directions_file(path, atom.name))
+def _read_directions(path: Path, atom: str, fits: Callable[[str, tuple[int, int]], bool]) -> dict[str, Delta]:
+    """Return a checkpoint's directions from their headers; `fits` tells if a tensor of it can have this shape."""
+    tensors, _ = read_header(_directions_file(path, atom))
     found: dict[str, Delta] = {}
     for name in sorted({stored.rpartition(".")[0] for stored in tensors}):
-        left, right, change = tensors.get(f"{name}.left"), tensors.get(f"{name}.right"), atom.vector.deltas.get(name)
-        if not (left and right and change) or not _are_factors(left.shape, right.shape, change.shape):
-            message = f"{path}: the directions of {atom.name!r} in tensor {name!r} are incomplete; build again"
+        left, right = tensors.get(f"{name}.left"), tensors.get(f"{name}.right")
+        product = _product(left.shape, right.shape) if left and right else None
+        if not (left and right and product and fits(name, product)):
+            message = f"{path}: the directions of {atom!r} in tensor {name!r} are incomplete; build again"
             raise DictionaryError(message)
         found[name] = LowRank(left, right, transposed=False, scale=1.0)
-    return TaskVector(atom.name, atom.vector.digest, found)
+    return found
 
 
-def _are_factors(left: tuple[int, ...], right: tuple[int, ...], product: tuple[int, int]) -> bool:
-    return len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == product
+def _product(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return the shape of the product of two factors; None if they are not factors."""
+    return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else None
 
 
-def _open_entry(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickle: bool) -> Atom:
+def _open_whole(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickle: bool) -> Atom:
+    """Open an atom with its leading directions; a full checkpoint must be there as it was added."""
+    try:
+        atom = _open_entry(path, entry, base, allow_pickle=allow_pickle)
+    except UnmergeError as error:
+        if entry["kind"] == "adapter":
+            raise
+        raise DictionaryError(f"{error} ({NEEDS_CHECKPOINTS})") from error
+    return _with_directions(path, atom)
+
+
+def _open_kept(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickle: bool) -> Atom:
+    """Open an atom with its leading directions; of a checkpoint that is gone or has changed, those alone."""
+    try:
+        atom = _open_entry(path, entry, base, cached=True, allow_pickle=allow_pickle)
+    except UnmergeError:
+        deltas = _kept_directions(path, entry, base)
+        if not deltas:
+            raise
+        vector = TaskVector(entry["name"], entry["digest"], deltas)
+        source = Source(entry["reference"], Path(entry.get("path") or entry["reference"]), entry.get("commit"))
+        return Atom(vector, source, "checkpoint", vector, lost=True)
+    return _with_directions(path, atom)
+
+
+def _kept_directions(path: Path, entry: Mapping[str, Any], base: Base) -> dict[str, Delta]:
+    """Return the directions of a checkpoint that is not looked at; none of an adapter, which has no other copy."""
+    shapes = base.shapes
+
+    def fits(name: str, shape: tuple[int, int]) -> bool:
+        rows, columns = shapes.get(name, shape)
+        return shape[0] <= rows and shape[1] == columns
+
+    return _read_directions(path, entry["name"], fits) if entry["kind"] == "checkpoint" else {}
+
+
+def _with_directions(path: Path, atom: Atom) -> Atom:
+    if atom.kind == "adapter":
+        return replace(atom, directions=atom.vector if is_low_rank(atom.vector) else None)
+    shapes = {name: delta.shape for name, delta in atom.vector.deltas.items()}
+    deltas = _read_directions(path, atom.name, lambda name, shape: shapes.get(name) == shape)
+    return replace(atom, directions=TaskVector(atom.name, atom.vector.digest, deltas))
+
+
+def _open_entry(
+    path: Path, entry: Mapping[str, Any], base: Base, *, cached: bool = False, allow_pickle: bool = False
+) -> Atom:
+    """Open an atom of a dictionary; `cached` ones of the Hub are not downloaded."""
     name, commit = entry["name"], entry.get("commit")
     if entry["kind"] == "adapter":
         copy = path / "atoms" / name
@@ -840,7 +1009,7 @@ def _open_entry(path: Path, entry: Mapping[str, Any], base: Base, *, allow_pickl
     reference = f"{entry['reference'].partition('@')[0]}@{commit}" if commit else entry.get("path")
     if not isinstance(reference, str):
         raise DictionaryError(f"{path / MANIFEST}: atom {name!r} has neither a path nor a commit")
-    atom = open_atom(reference, base, name=name, allow_pickle=allow_pickle)
+    atom = open_atom(reference, base, name=name, cached=cached, allow_pickle=allow_pickle)
     if atom.vector.digest != entry["digest"]:
         raise DictionaryError(f"{path}: atom {name!r} ({reference}) has changed since it was added; build again")
     return replace(atom, source=replace(atom.source, reference=entry["reference"]))
@@ -851,15 +1020,40 @@ def _read_gram(path: Path, atoms: Sequence[Atom], places: Sequence[int]) -> dict
     size = len(atoms)
     gram: dict[str, FloatArray] = {}
     for position, (atom, place) in enumerate(zip(atoms, places, strict=True)):
-        tensors, _ = read_header(_products_file(path, atom.name))
-        for name, tensor in tensors.items():
-            if tensor.shape != (place + 1,):
-                raise DictionaryError(f"{path}: the products of {atom.name!r} have the wrong size; build again")
-            row = values(tensor)[0][list(places[: position + 1])]
+        for name, row in _read_products(path, _products_file(path, atom.name), atom, (place + 1,)):
+            own = row[list(places[: position + 1])]
             matrix = gram.setdefault(name, np.zeros((size, size)))
-            matrix[position, : position + 1] = row
-            matrix[: position + 1, position] = row
+            matrix[position, : position + 1] = own
+            matrix[: position + 1, position] = own
     return dict(sorted(gram.items()))
+
+
+def _read_shown(
+    path: Path,
+    atoms: Sequence[Atom],
+    places: Sequence[int],
+    files: Sequence[Path | None],
+    gram: Mapping[str, FloatArray],
+) -> dict[str, FloatArray]:
+    """Read `Dictionary.shown` of the same atoms; adapters before the first checkpoint have the Gram matrix alone."""
+    shown = {name: matrix.copy() for name, matrix in gram.items()}
+    for position, (atom, place, file) in enumerate(zip(atoms, places, files, strict=True)):
+        if file is None:
+            continue
+        for name, both in _read_products(path, file, atom, (2, place + 1)):
+            row, column = both[:, list(places[: position + 1])]
+            if name in shown:
+                shown[name][position, : position + 1] = row
+                shown[name][: position + 1, position] = column
+    return shown
+
+
+def _read_products(path: Path, file: Path, atom: Atom, shape: tuple[int, ...]) -> Iterator[tuple[str, FloatArray]]:
+    tensors, _ = read_header(file)
+    for name, tensor in tensors.items():
+        if tensor.shape != shape:
+            raise DictionaryError(f"{path}: the products of {atom.name!r} have the wrong size; build again")
+        yield name, values(tensor).reshape(shape)
 
 
 def verify(path: Path, base_reference: str | None = None) -> list[str]:
@@ -894,6 +1088,8 @@ def _verify_entry(path: Path, entry: Mapping[str, Any], base: Base) -> Iterator[
         yield f"atom {name}: its inner products are missing or changed"
     if entry["kind"] == "checkpoint" and not _is_as_written(_directions_file(path, name), entry["directions_sha256"]):
         yield f"atom {name}: its leading directions are missing or changed"
+    if entry["shown_sha256"] and not _is_as_written(_shown_file(path, name), entry["shown_sha256"]):
+        yield f"atom {name}: the products of directions are missing or changed"
     try:
         if entry["kind"] == "adapter":
             digest = fingerprint.adapter_digest(open_adapter(path / "atoms" / name, allow_pickle=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +33,6 @@ from unmerge.regression import Regression, Unopened
 from unmerge.screening import SIGN
 from unmerge.solvers import Nnls, Solution, Solver, Status
 from unmerge.solvers.problem import unit_gram
-from unmerge.statistics import Statistics
 from unmerge.task_vector import TaskVector
 
 ERROR_RATE = 1e-3
@@ -208,7 +207,7 @@ def _examine(
     seen = corners(regression, target, base, kept, workers=workers)
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
     estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
-    if estimate.rough and len(certain) == len(kept):
+    if estimate.rough and len(certain) == len(kept) and _elements_known(regression, kept):
         met = blocks(regression, target, base, kept)
         estimate = _beside(regression, estimate, met, seen, signed=solver.signed, workers=workers)
     unknown = _unknown(regression, kept, estimate, seen)
@@ -234,7 +233,7 @@ def _rest(regression: Regression, solution: Solution, kept: Sequence[int]) -> Un
 def _jackknife(regression: Regression, solver: Solver) -> FloatArray | None:
     if len(regression.atoms) > MOST_INTERVALS:
         return None
-    return jackknife_intervals([tensor.statistics for tensor in regression.tensors if tensor.touched], solver, LEVEL)
+    return jackknife_intervals([tensor.statistics for tensor in regression.measured if tensor.touched], solver, LEVEL)
 
 
 def _pair(bounds: FloatArray | None) -> tuple[float, float] | None:
@@ -486,7 +485,7 @@ def _estimate(
     chosen = np.asarray(kept, dtype=np.intp)
     own, looked_at = total.select(chosen), list(seen.values())
     fitted = solver.solve(own).coefficients
-    known = _exact(regression, own, chosen, looked_at, fitted, places, solver)
+    known = _exact(regression, chosen, looked_at, fitted, places, solver)
     if known is not None:
         return known
     weights, share, floor, way = fitted, 1.0, 0.0, ""
@@ -500,7 +499,7 @@ def _estimate(
         }
         weights = np.array([found[place][0] if place in found else fitted[place] for place in range(len(kept))])
         intervals = tuple(found[place][1] if place in found else None for place in range(len(kept)))
-        share = own.residual_energy(weights) / total.energy
+        share = _share(regression, chosen, weights)
         floor, way = _floor(regression, looked_at, weights, share)
     return _Estimate(weights, intervals, share, floor, way, places, rough=True)
 
@@ -534,8 +533,7 @@ def _beside(
     found = beside_stranger(kept, estimate.weights, workers=workers)
     if found is None:
         return estimate
-    total, chosen = regression.total, np.asarray(list(estimate.places), dtype=np.intp)
-    share = total.select(chosen).residual_energy(found.weights) / total.energy
+    share = _share(regression, np.asarray(list(estimate.places), dtype=np.intp), found.weights)
     floor, way = _floor(regression, list(seen.values()), found.weights, share)
     bounds = found.intervals(LEVEL, signed=signed)
     intervals = tuple(
@@ -554,7 +552,6 @@ def _spanning(fine: tuple[float, float] | None, rough: tuple[float, float] | Non
 
 def _exact(
     regression: Regression,
-    own: Statistics,
     chosen: NDArray[np.intp],
     seen: Sequence[Corner],
     fitted: FloatArray,
@@ -562,11 +559,10 @@ def _exact(
     solver: Solver,
 ) -> _Estimate | None:
     """Estimate the weights if the atoms and rounding are all that there is; None if they are not."""
-    energy = regression.total.energy
-    share = own.residual_energy(fitted) / energy
+    share = _share(regression, chosen, fitted)
     if share - _floor(regression, seen, fitted, share)[0] > CLEARLY:
         return None
-    if all(corner.target_cell is not None for corner in seen):
+    if all(corner.target_cell is not None for corner in seen) and _elements_known(regression, chosen):
         fits = {way: exact_weights(seen, fitted, way=way) for way in WAYS if way != IN_STORAGE}
         way = max(fits, key=lambda way: fits[way].likelihood)
         sharp = pinned_weights(seen, fits[way].weights, way=way)
@@ -574,14 +570,27 @@ def _exact(
         weights, bounds = best.weights, best.intervals(LEVEL, signed=solver.signed)
     else:
         weights, rough = fitted, False
-        parts = [tensor.statistics.select(chosen) for tensor in regression.tensors if tensor.touched]
+        parts = [tensor.statistics.select(chosen) for tensor in regression.measured if tensor.touched]
         bounds = jackknife_intervals(parts, solver, LEVEL)
-    share = own.residual_energy(weights) / energy
+    share = _share(regression, chosen, weights)
     floor, way = _floor(regression, seen, weights, share)
     if share - floor > MATERIAL:
         return None
     # Where rounding leaves much, a small stranger hides below it.
     return _Estimate(weights, tuple(_pair(row) for row in bounds), share, floor, way, places, rough)
+
+
+def _elements_known(regression: Regression, atoms: Iterable[int]) -> bool:
+    """Tell whether corners show the atoms as they are, not as a dictionary's directions have them."""
+    return not any(regression.atoms[atom].lost for atom in atoms)
+
+
+def _share(regression: Regression, chosen: NDArray[np.intp], weights: FloatArray) -> float:
+    """Return the share of the target's energy that the chosen atoms leave with these weights."""
+    every = np.zeros(len(regression.atoms))
+    every[chosen] = weights
+    total = regression.completed_by(every).total
+    return total.select(chosen).residual_energy(weights) / total.energy
 
 
 def _strangers(seen: Sequence[Corner], weights: FloatArray) -> list[float]:
@@ -601,8 +610,9 @@ def _floor(regression: Regression, seen: Sequence[Corner], weights: FloatArray, 
     untouched = [tensor.statistics for tensor in regression.tensors if not tensor.touched]
     elsewhere = sum(min(statistics.rounding, statistics.energy) for statistics in untouched) / energy
     untouched_share = sum(statistics.energy for statistics in untouched) / energy
-    # A corner is not its tensor, but the same part of both is what rounding left.
-    scale = _ratio(share - untouched_share, left_over(seen, weights))
+    # A corner is not its tensor, but the same part of both is what rounding left; not where it lacks elements.
+    known = _elements_known(regression, range(len(regression.atoms)))
+    scale = _ratio(share - untouched_share, left_over(seen, weights)) if known else 1.0
     floors = {words: min(1.0, scale * floor + elsewhere) for words, floor in shares.items()}
     way = min(floors, key=lambda words: abs(floors[words] - share))
     return floors[way], way
@@ -642,7 +652,8 @@ def _relative_norm(
     base = sum(corner.size * float(np.mean(corner.base**2)) for corner in seen.values())
     if base == 0.0:
         return 0.0
-    met = [tensor.statistics for tensor in regression.tensors if tensor.name in regression.contacts]
+    tensors = regression.completed_by(weights).tensors
+    met = [tensor.statistics for tensor in tensors if tensor.name in regression.contacts]
     left = sum(statistics.residual_energy(weights) for statistics in met)
     floor = estimate.floor * sum(statistics.energy for statistics in met)
     return float(np.sqrt(max(0.0, left - floor) / base))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from unmerge.accumulate import Contact, Plan, Products, State, accumulate, plan, total
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.source import Source
+from unmerge.completion import Gap, alone, complete, possible, proportions
 from unmerge.compress import compressed_statistics, select_top_k
 from unmerge.dictionary import Atom, Base, Dictionary, Start, join
 from unmerge.directions import directions, is_low_rank
@@ -98,6 +99,11 @@ class Regression:
         Rows that were compared of each tensor.
     unopened : tuple of Unopened
         Further atoms of the dictionary, of which a sketch was compared and nothing seen.
+    seen : tuple of TensorStatistics
+        Sorted by name; of full checkpoints as they were seen: of their leading directions. Empty where none was
+        answered from those.
+    gaps : mapping of str to Gap
+        What is known beyond the directions of a tensor.
     """
 
     atoms: tuple[Atom, ...]
@@ -108,6 +114,8 @@ class Regression:
     directions: tuple[TaskVector, ...]
     rows: Mapping[str, int]
     unopened: tuple[Unopened, ...] = ()
+    seen: tuple[TensorStatistics, ...] = ()
+    gaps: Mapping[str, Gap] = field(default_factory=dict)
 
     @property
     def candidates(self) -> int:
@@ -118,6 +126,34 @@ class Regression:
     def total(self) -> Statistics:
         """Statistics over all compared tensors."""
         return add(self.tensors, len(self.atoms))
+
+    @property
+    def measured(self) -> tuple[TensorStatistics, ...]:
+        """What tells how much tensors disagree: what was seen, not what was completed from it."""
+        if not self.gaps:
+            return self.tensors
+        weights = _proportions(self)
+        return tuple(
+            replace(tensor, statistics=alone(tensor.statistics, self.gaps[tensor.name], weights))
+            if tensor.name in self.gaps
+            else tensor
+            for tensor in self.seen
+        )
+
+    def completed_by(self, weights: FloatArray) -> Regression:
+        """Return it with what directions lack taken to be there in these proportions, shape (K,).
+
+        Weights that are known better than what was seen determines them make a better estimate of what is left.
+        """
+        if not self.gaps:
+            return self
+        tensors = tuple(
+            replace(tensor, statistics=complete(tensor.statistics, self.gaps[tensor.name], weights))
+            if tensor.name in self.gaps
+            else tensor
+            for tensor in self.seen
+        )
+        return replace(self, tensors=tensors)
 
 
 def add(tensors: Sequence[TensorStatistics], atoms: int) -> Statistics:
@@ -157,7 +193,8 @@ def regress(
     extra : sequence of Atom
         Further atoms.
     exact : bool
-        Read the tensors that no atom changes whole; otherwise the large ones are sampled.
+        Read the tensors that no atom changes whole; otherwise the large ones are sampled. (Atoms with `energies` are
+        read by their directions either way.)
     top_k : int, optional
         Use the paper's coordinates, this many, instead of all parameters.
     contacts : bool
@@ -176,23 +213,109 @@ def regress(
         can be compared, or the atoms and the target share no tensor.
     """
     atoms = tuple(sorted((*dictionary.atoms, *extra), key=lambda atom: (atom.vector.digest, atom.name)))
-    touched = {name for atom in atoms for name in atom.vector.deltas} & rows.keys()
+    touched = {name for atom in atoms for name in atom.changed} & rows.keys()
     if not touched:
         raise AlignmentError(f"{target.name}: has none of the tensors that the atoms change; nothing to compare")
     if top_k is not None:
         return _compressed(target, rows, atoms, base, top_k)
     shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
     shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
-    low_rank = tuple(_low_rank(atom) for atom in atoms) if contacts else ()
-    pass_ = _Pass(target, dictionary, extra, atoms, low_rank, workers, float64, device, state)
+    read = {atom.name: _as_read(atom) for atom in atoms}
+    low_rank = tuple(_low_rank(read[atom.name]) for atom in atoms) if contacts else ()
+    known, others = _split_known(dictionary, read)
+    new = (*others, *(read[atom.name] for atom in extra))
+    pass_ = _Pass(
+        target, known, new, tuple(read[atom.name] for atom in atoms), low_rank, workers, float64, device, state
+    )
     grams, energies, met, work = pass_.run(shapes, touched, base, exact=exact, start=start)
     tensors = tuple(
         _tensor(name, grams[name], energies.get(name, []), shapes[name], work, name in touched)
         for name in sorted(grams)
     )
+    gaps = _gaps(tensors, dictionary, atoms, base)
     result = Regression(atoms, tensors, "all parameters", work.unit_memory, met, low_rank, rows)
+    if gaps:
+        result = replace(result, seen=tensors, gaps=gaps)
+        result = result.completed_by(_proportions(result))
     check(result, target)
     return result
+
+
+def _as_read(atom: Atom) -> Atom:
+    """Return an atom as the pass reads it: by its directions, if it is to be answered from those."""
+    if atom.energies is None or atom.directions is None:
+        return atom
+    return replace(atom, vector=replace(atom.directions, digest=f"{atom.vector.digest}/directions"))
+
+
+def _split_known(dictionary: Dictionary, read: Mapping[str, Atom]) -> tuple[Dictionary, tuple[Atom, ...]]:
+    """Return the atoms whose inner products hold for what the pass reads of them, and the others."""
+    places = [place for place, atom in enumerate(dictionary.atoms) if read[atom.name] is atom]
+    if len(places) == len(dictionary.atoms):
+        return dictionary, ()
+    chosen = np.asarray(places, dtype=np.intp)
+    gram = {name: matrix[np.ix_(chosen, chosen)] for name, matrix in dictionary.gram.items()}
+    others = tuple(read[atom.name] for atom in dictionary.atoms if read[atom.name] is not atom)
+    return Dictionary(tuple(dictionary.atoms[place] for place in places), gram), others
+
+
+def _gaps(
+    tensors: Sequence[TensorStatistics], dictionary: Dictionary, atoms: Sequence[Atom], base: Base
+) -> dict[str, Gap]:
+    """Return what is known of each tensor beyond what was read, where atoms were read by their directions.
+
+    Where no product is known, what directions lack is taken to be orthogonal to all other atoms.
+    """
+    kept = [place for place, atom in enumerate(atoms) if atom.energies is not None]
+    by_name = {atom.name: place for place, atom in enumerate(atoms)}
+    places = np.array([by_name[atom.name] for atom in dictionary.atoms], dtype=np.intp)
+    inside = np.ix_(places, places)
+    involved = np.isin(places, kept)
+    shapes, found = base.shapes if kept else {}, {}
+    for tensor in tensors:
+        name, seen = tensor.name, tensor.statistics
+        energies = {place: (atoms[place].energies or {}).get(name, 0.0) for place in kept}
+        if not any(energies.values()):
+            continue
+        rows, columns = shapes.get(name, (0, 0))
+        missing, shown = np.zeros_like(seen.gram), seen.gram.copy()
+        if rows * columns > seen.count:
+            # The target has fewer rows than the products are of: a part of the energies, and no product.
+            part = seen.count / (rows * columns)
+            lacking = {place: part * (energy - _energy(atoms[place], name)) for place, energy in energies.items()}
+        else:
+            if name in dictionary.gram:
+                either = involved[:, np.newaxis] | involved
+                missing[inside] = np.where(either, dictionary.gram[name] - seen.gram[inside], 0.0)
+                whole = np.where(either, dictionary.gram[name], seen.gram[inside])
+                # Of adapters alone there are no others.
+                of_directions = dictionary.shown.get(name, dictionary.gram[name])
+                shown[inside] = np.where(involved[:, np.newaxis], of_directions, whole)
+            lacking = {place: energy - seen.gram[place, place] for place, energy in energies.items()}
+        for place, energy in lacking.items():
+            missing[place, place] = max(0.0, energy)
+        found[name] = Gap(possible(seen.gram, missing), shown)
+    return found
+
+
+def _energy(atom: Atom, name: str) -> float:
+    """Return the energy of an atom's directions in one tensor, in squared weight units."""
+    delta = atom.directions.deltas.get(name) if atom.directions else None
+    if not isinstance(delta, LowRank):
+        return 0.0
+    left, right = delta.left(0, delta.shape[0]) * delta.scale, delta.right()
+    return float(np.sum((left.T @ left) * (right @ right.T)))
+
+
+def _proportions(regression: Regression) -> FloatArray:
+    """Return what was seen of the atoms' coefficients over the whole model."""
+    size = len(regression.atoms)
+    seen = [tensor for tensor in regression.seen if tensor.touched]
+    products = np.zeros((size, size))
+    for tensor in seen:
+        gap = regression.gaps.get(tensor.name)
+        products += tensor.statistics.gram if gap is None else gap.shown
+    return proportions(add(seen, size), products)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -71,6 +71,8 @@ class Shelf:
         Atoms that were given alone.
     large : _Large or None
         What is known of all atoms without opening them; None if there are so few that all are opened.
+    elements : bool
+        Whether full checkpoints in dictionaries are opened to be read, not answered from what is kept of them.
     allow_pickle : bool
     """
 
@@ -79,6 +81,7 @@ class Shelf:
     records: tuple[Record, ...]
     extra: tuple[Atom, ...]
     large: _Large | None
+    elements: bool
     allow_pickle: bool
 
     @classmethod
@@ -88,6 +91,7 @@ class Shelf:
         base: Base,
         *,
         whole: bool = False,
+        elements: bool = False,
         sampled: bool = False,
         allow_pickle: bool = False,
     ) -> Shelf:
@@ -97,6 +101,8 @@ class Shelf:
         ----------
         whole : bool
             All atoms will be wanted, however many there are.
+        elements : bool
+            Full checkpoints in dictionaries will be read, so they must be there as they were added.
         sampled : bool
             Only parts of them will be read; see `open_atom`.
 
@@ -117,7 +123,7 @@ class Shelf:
         records = tuple(record for path in paths for record in read_records(path, base))
         check_names([*(record.name for record in records), *(atom.name for atom in extra)])
         large = None if whole or len(records) <= LARGE else _Large.of(records, extra, base)
-        return cls(base, paths, records, extra, large, allow_pickle)
+        return cls(base, paths, records, extra, large, elements, allow_pickle)
 
     def choose(self, target: TaskVector, rows: Mapping[str, int], *, signed: bool = False) -> Chosen:
         """Open all atoms, or those of a large dictionary that the target can hold.
@@ -133,7 +139,8 @@ class Shelf:
             return self.open_all()
         found = self.large.screen(target, rows, self.base, signed=signed)
         chosen = self._opened({self.large.known[place].name for place in found.kept})
-        return replace(chosen, unopened=self.large.unopened(found, rows), notices=self.large.notices(found))
+        said = (*self.large.notices(found), *chosen.notices)
+        return replace(chosen, unopened=self.large.unopened(found, rows), notices=said)
 
     def open_all(self) -> Chosen:
         """Open all atoms, however many there are."""
@@ -141,10 +148,27 @@ class Shelf:
 
     def _opened(self, names: Collection[str] | None) -> Chosen:
         """Open the named atoms of all dictionaries; inner products are known in the first one."""
-        opened = [open_dictionary(path, self.base, names, allow_pickle=self.allow_pickle) for path in self.paths]
+        opened = [
+            open_dictionary(path, self.base, names, kept=not self.elements, allow_pickle=self.allow_pickle)
+            for path in self.paths
+        ]
         first = opened[0] if opened else Dictionary((), {})
         others = (atom for found in opened[1:] for atom in (*found.atoms, *found.beyond))
-        return Chosen(Dictionary(first.atoms, first.gram), (*first.beyond, *others, *self.extra))
+        extra = (*first.beyond, *others, *self.extra)
+        return Chosen(replace(first, beyond=()), extra, notices=_kept_notices((*first.atoms, *extra)))
+
+
+def _kept_notices(atoms: Sequence[Atom]) -> tuple[str, ...]:
+    """Tell which full checkpoints were answered from what a dictionary keeps of them."""
+    kept = sorted(atom.name for atom in atoms if atom.energies is not None)
+    lost = sorted(atom.name for atom in atoms if atom.lost)
+    found = []
+    if kept:
+        what = "1 full checkpoint was" if len(kept) == 1 else f"{len(kept):,} full checkpoints were"
+        found.append(f"{what} compared in the leading directions that a dictionary keeps; --exact reads all")
+    if lost:
+        found.append(f"not there as added to the dictionary, which answered alone: {', '.join(lost)}")
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

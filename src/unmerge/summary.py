@@ -106,7 +106,10 @@ def summarise(
         ),
         layers=_profiles(regression, solver, names, _layer_of),
         modules=_profiles(regression, solver, names, _module_of),
-        tensors=tuple(_tensor_report(tensor, found.unknown.weights, statistics) for tensor in regression.tensors),
+        tensors=tuple(
+            _tensor_report(tensor, found.unknown.weights, statistics)
+            for tensor in regression.completed_by(found.unknown.weights).tensors
+        ),
         not_compared=_not_compared(regression, target, comparable),
         notices=(*_notices(regression, target, base), *notices, *_base_notices(regression, found, unexplained)),
     )

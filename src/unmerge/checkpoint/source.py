@@ -55,7 +55,7 @@ def split_name(reference: str) -> tuple[str | None, str]:
     return None, reference
 
 
-def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
+def resolve(reference: str, *, cached: bool = False, allow_pickle: bool = False) -> Source:
     """Find the files of a reference, downloading what is needed from the Hub.
 
     Parameters
@@ -63,6 +63,8 @@ def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
     reference : str
         A folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name@revision``. What exists
         locally is never looked for on the Hub.
+    cached : bool
+        Take a repository from the Hub's cache, and download nothing.
     allow_pickle : bool
         Download ``.bin`` weights where a repository has no safetensors.
 
@@ -75,7 +77,7 @@ def resolve(reference: str, *, allow_pickle: bool = False) -> Source:
     found = hub_id(reference)
     if found is None:
         return Source(reference, Path(reference).expanduser())
-    folder, commit = _download(reference, *found, allow_pickle=allow_pickle)
+    folder, commit = _download(reference, *found, cached=cached, allow_pickle=allow_pickle)
     return Source(reference, folder, commit)
 
 
@@ -96,11 +98,11 @@ def hub_id(reference: str) -> tuple[str, str | None] | None:
     return match["repo"], match["revision"]
 
 
-def _download(reference: str, repo: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str]:
+def _download(reference: str, repo: str, revision: str | None, *, cached: bool, allow_pickle: bool) -> tuple[Path, str]:
     from huggingface_hub import constants, snapshot_download
 
     with hub_errors(reference, revision):
-        if constants.HF_HUB_OFFLINE:
+        if cached or constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
             return folder, folder.name
         return _download_online(repo, revision, allow_pickle=allow_pickle)

@@ -120,7 +120,7 @@ def recover(
     origin = open_base(base)
     source = resolve(target)
     goal = open_checkpoint(source.path)
-    shelf = Shelf.of(list(atoms), origin)
+    shelf = Shelf.of(list(atoms), origin, elements=True)
     known = {atom.name: atom for atom in shelf.open_all().atoms}
     begin = start or _silent
     if has_experts(goal) and not has_experts(origin.checkpoint):
