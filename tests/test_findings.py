@@ -316,6 +316,28 @@ class TestAbsent:
         if found.present is None:
             assert (found.evidence.detectable or np.inf) > 0.1
 
+    @pytest.mark.parametrize("weight", [0.05, 0.1, 0.2, 0.25])
+    def test_what_rounding_hides_beside_a_stored_stranger_is_not_called_absent(
+        self, world: World, weight: float
+    ) -> None:
+        """Changes of 0.3 % of the weights, as in real adapters of 7B models: most of a fifth of one is rounded away."""
+        if "tiny" not in world.changes:
+            world.adapter("tiny", size=0.003)
+            world.adapter("tiny stranger", size=0.003)
+        stored = {
+            name: {
+                key: quantise(value + world.changes[name].get(key, 0.0), "BF16") for key, value in world.model.items()
+            }
+            for name in ("tiny", "tiny stranger")
+        }
+        merged = {
+            key: weight * stored["tiny"][key] + (1.0 - weight) * stored["tiny stranger"][key] for key in world.model
+        }
+        found = by_name(world.attribute(world.write(merged), "tiny", "sub", "json"))["tiny"]
+        assert found.present is not False
+        assert holds(found, weight)
+        assert (found.evidence.detectable or np.inf) > weight
+
 
 class TestCopies:
     @pytest.mark.parametrize("dtype", ["F32", "BF16"])

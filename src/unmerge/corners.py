@@ -48,6 +48,19 @@ def corners(
     return dict(zip(chosen, found, strict=True))
 
 
+def leading_changes(regression: Regression, atoms: Sequence[int], names: Sequence[str]) -> list[FloatArray]:
+    """Return what the directions of Q atoms change in the corners of some tensors: arrays of shape (Q, s, c)."""
+    found = []
+    for name in names:
+        contact = regression.contacts[name]
+        places = [(contact.rows[rows], contact.columns[columns]) for rows, columns in _halves(contact)]
+        deltas = [regression.directions[atom].deltas.get(name) for atom in atoms]
+        found.append(
+            np.array([np.concatenate([_change(delta, rows, columns) for rows, columns in places]) for delta in deltas])
+        )
+    return found
+
+
 def blocks(regression: Regression, target: TaskVector, base: Base, atoms: Sequence[int]) -> list[Block]:
     """Return all that was kept of the same tensors, with the atoms as checkpoints that were stored.
 

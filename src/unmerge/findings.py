@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.cores import cores, remainders
-from unmerge.corners import blocks, corners
+from unmerge.corners import blocks, corners, leading_changes
 from unmerge.dictionary import Base
 from unmerge.evidence.beside import beside_stranger
 from unmerge.evidence.identifiability import alike_groups
@@ -25,6 +25,7 @@ from unmerge.evidence.rounding import (
     exact_weights,
     left_over,
     pinned_weights,
+    remaining_of_others,
     rounding_shares,
     simulated_least_squares,
 )
@@ -65,6 +66,10 @@ REMAINING = (0.2, 2.0)
 """What rounding may leave of a coefficient."""
 SMALL_WEIGHT = 1e-3
 """Below it, what rounding leaves of a weight is not estimated."""
+SHOWN = 0.95
+"""What is left of a small weight if rounding does not hide it."""
+FEW_CORNERS = 4
+"""Corners on which that is looked at."""
 SPECTRUM_LINES = 128
 """Rows and columns of a corner whose singular values are computed."""
 MOST_INTERVALS = 64
@@ -214,11 +219,9 @@ def _examine(
     for atom in kept:
         if findings[atom].present:
             findings[atom] = _refined(findings[atom], estimate, atom)
-    suspects = {atom: tests[atom].own for atom, finding in enumerate(findings) if finding.reason == WEAK}
-    if suspects:
-        seen = corners(regression, target, base, [*kept, *suspects], workers=workers)
-        for atom, found in _suspected(suspects, list(seen.values()), estimate, signed=solver.signed).items():
-            findings[atom] = replace(findings[atom], weight=found[0], interval=found[1])
+    others = {atom: finding for atom, finding in enumerate(findings) if atom not in kept}
+    for atom, finding in _hidden(regression, others, estimate, seen).items():
+        findings[atom] = finding
     return Findings(tuple(findings), unknown)
 
 
@@ -403,7 +406,11 @@ def _verdict(test: Presence, coefficient: float, atoms: int) -> tuple[bool | Non
         return True, "all of its directions are there, in proportion"
     if test.p_value <= SUGGESTIVE:
         return None, WEAK
-    detectable = _detectable(test, atoms)
+    return _silent(_detectable(test, atoms), coefficient)
+
+
+def _silent(detectable: float, coefficient: float) -> tuple[bool | None, str]:
+    """Say what it means that nothing was seen of an atom."""
     if detectable > max(SMALLEST, abs(coefficient)):
         return None, f"a weight below {detectable:.2g} could not be seen here"
     return False, f"its own directions are missing; {detectable:.1g} would be seen"
@@ -504,20 +511,60 @@ def _estimate(
     return _Estimate(weights, intervals, share, floor, way, places, rough=True)
 
 
-def _suspected(
-    suspects: Mapping[int, Presence], seen: Sequence[Corner], estimate: _Estimate, *, signed: bool
-) -> dict[int, tuple[float, tuple[float, float]]]:
-    """Return weights and intervals of atoms that may be there, after those of the estimate in `seen`, less rounding."""
-    weights = np.concatenate([estimate.weights, [test.weight for test in suspects.values()]])
-    found: dict[int, tuple[float, tuple[float, float]]] = {}
-    for _ in range(REFINEMENTS):
-        remaining = _rounded_off(seen, weights)[:, len(estimate.weights) :]
-        found = {
-            atom: _corrected(test, remaining[:, place], signed=signed)
-            for place, (atom, test) in enumerate(suspects.items())
-        }
-        weights = np.concatenate([estimate.weights, [weight for weight, _ in found.values()]])
-    return found
+def _hidden(
+    regression: Regression,
+    findings: Mapping[int, Finding],
+    estimate: _Estimate,
+    seen: Mapping[str, Corner],
+) -> dict[int, Finding]:
+    """Return what is known of atoms that were not found and of whose small weights rounding leaves little."""
+    names = list(seen)[:: max(1, len(seen) // FEW_CORNERS)]
+    looked_at = [seen[name] for name in names]
+    strangers = _strangers(looked_at, estimate.weights)
+
+    def left_of(changes: Sequence[FloatArray], sizes: FloatArray) -> FloatArray:
+        generator = np.random.default_rng(0)
+        sizes = np.maximum(np.abs(sizes), SMALL_WEIGHT)
+        shares = remaining_of_others(looked_at, estimate.weights, strangers, changes, sizes, generator)
+        return np.maximum(shares, REMAINING[0])
+
+    asked = {atom: np.array(_numbers(finding)) for atom, finding in findings.items() if _numbers(finding)}
+    if not asked:
+        return {}
+    changes = leading_changes(regression, list(asked), names)
+    smallest = np.array([min(detectable, np.abs(bounds).max()) for _, detectable, *bounds in asked.values()])
+    hidden = np.flatnonzero(left_of(changes, smallest)[0] < SHOWN)
+    changes = [change[hidden] for change in changes]
+
+    def before(found: FloatArray, way: int) -> FloatArray:
+        """Return the weights of which so much is left."""
+        weights = found
+        for _ in range(REFINEMENTS + 1):
+            weights = found / left_of(changes, weights)[way]
+        return weights
+
+    weights, detectable, low, high = np.array(list(asked.values()))[hidden].T
+    # What rounding may have left all of is no more than was found.
+    numbers = before(weights, 1), before(detectable, 0), np.where(low > 0.0, low, before(low, 0)), before(high, 0)
+    atoms = [list(asked)[place] for place in hidden]
+    return {
+        atom: _before_rounding(findings[atom], *map(float, own)) for atom, *own in zip(atoms, *numbers, strict=True)
+    }
+
+
+def _numbers(finding: Finding) -> tuple[float, ...]:
+    """Return weight, detectable weight and interval of what was tested and not found; else nothing."""
+    if finding.present or finding.weight is None or finding.detectable is None or finding.interval is None:
+        return ()
+    return finding.weight, finding.detectable, *finding.interval
+
+
+def _before_rounding(finding: Finding, weight: float, detectable: float, low: float, high: float) -> Finding:
+    present, reason = finding.present, finding.reason
+    if reason != WEAK:
+        present, reason = _silent(detectable, 0.0)
+        present = present if finding.present is False else None
+    return replace(finding, weight=weight, detectable=detectable, interval=(low, high), present=present, reason=reason)
 
 
 def _beside(

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from unmerge.checkpoint.dtypes import DTYPES
-from unmerge.evidence.rounding import Corner, exact_weights, rounding_shares, simulated_least_squares
+from unmerge.evidence.rounding import (
+    Corner,
+    exact_weights,
+    remaining_of_others,
+    rounding_shares,
+    simulated_least_squares,
+)
 from unmerge.statistics import FloatArray
 from unmerge.testing import quantise
 
@@ -202,6 +208,44 @@ def left_over(merge: FloatArray, atoms: FloatArray, scales: FloatArray) -> float
     """The share of a merge's energy that its atoms do not account for, dense."""
     rest = merge - np.tensordot(scales, atoms, 1)
     return float(np.vdot(rest, rest) / np.vdot(merge, merge))
+
+
+class TestRemainingOfOthers:
+    @pytest.mark.parametrize("share", [0.002, 0.005, 0.01, 0.03])
+    @pytest.mark.parametrize("weight", [0.1, 0.3])
+    def test_it_is_what_real_merges_leave(self, share: float, weight: float) -> None:
+        """Merges of a known, another and an unknown checkpoint; or of the first two, and much that dithers the sum."""
+        found, left = [], []
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            base, (known, other, stranger) = weights(rng), changes(rng, share, count=3)
+            own = [stored(base + change) - base for change in (known, other, stranger)]
+            unknown = (0.7 - weight) * own[2]
+            size = float(np.sqrt(np.mean(unknown**2)))
+            for rest in (unknown, size * rng.standard_normal(base.shape)):
+                kept = base + 0.3 * own[0] + rest
+                moved = stored(kept + weight * own[1]) - stored(kept)
+                left.append(float(np.vdot(moved, other) / np.vdot(other, other)) / weight)
+            corners = [corner(at_once(base, known[None], np.array([0.3])), base, known[None])]
+            sizes, generator = np.array([weight]), np.random.default_rng(9)
+            found.append(remaining_of_others(corners, np.array([0.3]), [size], [other[None]], sizes, generator)[:, 0])
+        made = np.minimum(1.0, [np.mean(left[::2]), np.mean(left[1::2])])
+        np.testing.assert_allclose(np.mean(found, axis=0), np.sort(made), atol=0.08)
+
+    def test_without_rounding_all_is_left(self) -> None:
+        rng = np.random.default_rng(3)
+        base, atoms = weights(rng), changes(rng, 0.001)
+        whole = replace(corner(atoms[0], base, atoms[:1]), target_grid=exact, base_grid=exact)
+        found = remaining_of_others([whole], np.array([0.5]), [1e-5], [atoms[1:]], np.array([0.01]), rng)
+        np.testing.assert_allclose(found, 1.0, rtol=1e-6)
+
+    def test_alone_on_the_grid_what_is_below_half_a_step_vanishes(self) -> None:
+        rng = np.random.default_rng(4)
+        base, atoms = np.full((20, 30), 1.0), np.full((1, 20, 30), 2.0**-7)
+        nothing = corner(np.zeros_like(base), base, np.zeros((0, 20, 30)))
+        for size, left in ((0.4, 0.0), (0.6, 1.0)):
+            found = remaining_of_others([nothing], np.zeros(0), [0.0], [atoms], np.array([size]), rng)
+            assert found.tolist() == [[left], [left]]
 
 
 class TestShares:

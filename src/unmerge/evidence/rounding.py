@@ -211,6 +211,47 @@ def _found_beside(corners: Sequence[Corner], weights: FloatArray, strangers: Seq
     return np.asarray(np.linalg.lstsq(gram, correlation, rcond=1e-9)[0])
 
 
+def remaining_of_others(
+    corners: Sequence[Corner],
+    weights: FloatArray,
+    strangers: Sequence[float],
+    changes: Sequence[FloatArray],
+    sizes: FloatArray,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """Return what rounding would leave of further atoms, each alone in the same merge, shape (2, Q); 1 at most.
+
+    A change that is much smaller than the steps of the grid vanishes, but for what else is in the merge and dithers it:
+    the least in the first row, the most in the second one.
+
+    Parameters
+    ----------
+    strangers : sequence of float
+        As of `simulated_least_squares`, which makes the same two merges.
+    changes : sequence of array, shape (Q, s, c)
+        What the further atoms change in each corner, in weight units.
+    sizes : array, shape (Q,)
+        Their weights, not 0.
+    """
+    left = np.zeros((2, len(sizes)))
+    energy = np.zeros(len(sizes))
+    for corner, stranger, others in zip(corners, strangers, changes, strict=True):
+        draw = stranger * generator.standard_normal(corner.target.shape)
+        known = corner.base + np.tensordot(weights, corner.stored_atoms, 1)
+        scale = corner.size / draw.size
+        for place, (size, change) in enumerate(zip(sizes, others, strict=True)):
+            missing = 1.0 - float(np.abs(weights).sum() + abs(size))
+            missing = missing if missing > SMALLEST_MISSING else 0.5
+            stored = missing * (corner.base_grid(corner.base + draw / missing) - corner.base)
+            own = size * (corner.base_grid(corner.base + change) - corner.base)
+            for way, rest in enumerate((stored, draw)):
+                moved = corner.target_grid(known + rest + own) - corner.target_grid(known + rest)
+                left[way, place] += scale * float(np.vdot(moved, change)) / size
+            energy[place] += scale * float(np.vdot(change, change))
+    shares = np.divide(np.sort(left, axis=0), energy, out=np.ones_like(left), where=energy > 0.0)
+    return np.asarray(np.minimum(shares, 1.0))
+
+
 def rounding_shares(
     corners: Sequence[Corner], weights: FloatArray, strangers: Sequence[float], generator: np.random.Generator
 ) -> dict[str, float]:
