@@ -24,8 +24,9 @@ FloatArray32 = NDArray[np.float32]
 
 LEAST_ELEMENTS = 1 << 20
 """Tensors of fewer elements are computed in float64."""
-BLOCK_ELEMENTS = 1 << 21
-"""Elements of one block of rows (8 MiB): enough rows that a GEMM spends its time on products, not on packing."""
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of one block of rows at most (16 MiB): so many rows that a GEMM spends its time on products, not on
+packing; with half as many a pass takes a twentieth longer."""
 CHUNK = 1 << 15
 """Elements that other types than BF16 are widened and subtracted by: a few such arrays fit a core's cache."""
 SLOTS = 2
@@ -102,15 +103,17 @@ def blocks(
     pairs : sequence of (int, int)
         The changes whose inner products are wanted; the first is not before the second.
     """
-    values = {i: np.empty((min(_step(columns), stop - start), columns), np.float32) for i in changes}
+    values = {i: np.empty((_step(stop - start, columns), columns), np.float32) for i in changes}
     scratch = np.empty((2, CHUNK), np.float32)
     for first, last, stored in read_blocks(changes, start, stop, columns):
         rows = {i: array[: last - first] for i, array in values.items()}
         yield _subtract(changes, first, stored, rows, pairs, scratch)
 
 
-def _step(columns: int) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, columns))
+def _step(rows: int, columns: int) -> int:
+    """Return the rows of a block: all of them about equal, as a small last one would waste its GEMM."""
+    most = max(1, BLOCK_ELEMENTS // max(1, columns))
+    return -(-rows // -(-rows // most))
 
 
 def read_blocks(
@@ -122,7 +125,8 @@ def read_blocks(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    ranges = [(first, min(stop, first + _step(columns))) for first in range(start, stop, _step(columns))]
+    step = _step(stop - start, columns)
+    ranges = [(first, min(stop, first + step)) for first in range(start, stop, step)]
     tensors = {id(tensor): tensor for delta in changes.values() for tensor in (delta.tuned, delta.base)}
     most = max(stop - start for start, stop in ranges) * columns
     slots = [{key: np.empty(most, tensor.dtype.raw) for key, tensor in tensors.items()} for _ in range(SLOTS)]
@@ -291,7 +295,9 @@ def meet(block: Block, change: int, stack: Stack, first: int) -> Meeting:
     """Project a block of one change on the right factors of a stack whose first row is `first`: the one large GEMM."""
     values = block.values[change]
     left = stack.left[block.start - first : block.start - first + len(values)]
-    return Meeting(block.start, stack, left, values @ stack.right.T, lambda columns: values.take(columns, axis=1))
+    return Meeting(
+        block.start, stack, left, values @ stack.right.T, lambda columns: values.take(columns, axis=1, mode="clip")
+    )
 
 
 def _widen(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:
