@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from unmerge import fingerprint
 from unmerge.accumulate import Plan, accumulate, plan, total
 from unmerge.alignment import align
-from unmerge.checkpoint.adapter import is_adapter, open_adapter
+from unmerge.checkpoint.adapter import Adapter, is_adapter, open_adapter
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint, read_json
@@ -575,7 +575,7 @@ def _write_atom(
 
     copy = path / "atoms" / atom.name
     with ThreadPoolExecutor(1) as pool:
-        digest = _copied(atom, copy, pool) if atom.kind == "adapter" else None
+        atom, digest = _copied(atom, copy, pool) if atom.kind == "adapter" else (atom, None)
         try:
             found = _sketch(atom, layout, row, workers=workers)
         except UnmergeError:
@@ -633,32 +633,53 @@ def _factors(vector: TaskVector) -> dict[str, NDArray[np.float32]]:
     return {name: factor.astype(np.float32) for name, factor in (left | right).items()}
 
 
-def _copied(atom: Atom, copy: Path, pool: ThreadPoolExecutor) -> Future[str]:
-    """Copy an adapter in a pool of one thread, and return its digest to come.
+def _copied(atom: Atom, copy: Path, pool: ThreadPoolExecutor) -> tuple[Atom, Future[str]]:
+    """Copy an adapter in a pool of one thread; return it, in memory if it is small, and its digest to come.
 
     It is hashed there too, in few calls: a thread that often asks for the interpreter waits for it.
     """
-    done = pool.submit(_copy_adapter, atom.source.path, copy)
+    done = [pool.submit(_copy_adapter, atom.source.path, copy)]
     if atom.vector.digest != _LATER:
 
         def known() -> str:
-            done.result()
+            done[0].result()
             return atom.vector.digest
 
-        return pool.submit(known)
+        return atom, pool.submit(known)
+    adapter = open_adapter(atom.source.path, allow_pickle=True)  # it was opened before, so it may be opened
+    if sum(delta.nbytes for delta in atom.vector.deltas.values() if isinstance(delta, LowRank)) < _AT_ONCE:
+        adapter = adapter.in_memory()
+        atom = replace(atom, vector=_with_factors(atom.vector, adapter))
     digest = hashlib.sha256()
     pieces: list[bytes | memoryview] = []
     size = 0
-    # It was opened before, so it may be opened.
-    for piece in fingerprint.adapter_pieces(open_adapter(atom.source.path, allow_pickle=True)):
+    for piece in fingerprint.adapter_pieces(adapter):
         pieces.append(piece)
         size += len(piece)
         if size > _AT_ONCE:
-            done.result()
-            done, pieces, size = pool.submit(digest.update, b"".join(pieces)), [], 0
-    done.result()
-    pool.submit(digest.update, b"".join(pieces))
-    return pool.submit(digest.hexdigest)
+            done.pop().result()
+            done.append(pool.submit(digest.update, b"".join(pieces)))
+            pieces, size = [], 0
+
+    def finished() -> str:
+        done[0].result()
+        digest.update(b"".join(pieces))
+        return digest.hexdigest()
+
+    return atom, pool.submit(finished)
+
+
+def _with_factors(vector: TaskVector, adapter: Adapter) -> TaskVector:
+    """Return a change with the low-rank factors of an adapter, by their names."""
+    factors = {factor.name: factor for found in adapter.factors.values() for factor in (found.a, found.b)}
+
+    def held(delta: Delta) -> Delta:
+        if not isinstance(delta, LowRank):
+            return delta
+        left, right = (factors.get(factor.name, factor) for factor in (delta.left_factor, delta.right_factor))
+        return replace(delta, left_factor=left, right_factor=right)
+
+    return replace(vector, deltas={name: held(delta) for name, delta in vector.deltas.items()})
 
 
 def _copy_adapter(source: Path, destination: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.reader import read_json
-from unmerge.checkpoint.tensor import Tensor
+from unmerge.checkpoint.tensor import Tensor, in_memory
 from unmerge.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -101,6 +101,26 @@ class Adapter:
         """The base model that the adapter says it was trained on."""
         reference = self.config.get("base_model_name_or_path")
         return reference if isinstance(reference, str) and reference else None
+
+    def in_memory(self) -> Adapter:
+        """Return it with every tensor read.
+
+        Raises
+        ------
+        CheckpointError
+            If a file cannot be read.
+        """
+        factors = {
+            module: replace(
+                found,
+                a=in_memory(found.a),
+                b=in_memory(found.b),
+                bias=found.bias and in_memory(found.bias),
+                magnitude=found.magnitude and in_memory(found.magnitude),
+            )
+            for module, found in self.factors.items()
+        }
+        return replace(self, factors=factors, replaced={name: in_memory(item) for name, item in self.replaced.items()})
 
 
 def is_adapter(folder: Path) -> bool:

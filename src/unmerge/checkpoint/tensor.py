@@ -203,3 +203,15 @@ class ArrayTensor:
     def read(self, start: int, stop: int) -> RawArray:
         """Return a view of the rows; see `Tensor.read`."""
         return self.raw.reshape(matrix_shape(self.shape))[start:stop]
+
+
+def in_memory(tensor: Tensor) -> ArrayTensor:
+    """Read a tensor whole.
+
+    Raises
+    ------
+    CheckpointError
+        If its file cannot be read.
+    """
+    raw = tensor.read(0, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
+    return ArrayTensor(tensor.name, tensor.dtype, tensor.shape, tensor.origin, raw)
