@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 from unmerge.checkpoint.dtypes import DTYPES
+from unmerge.evidence import beside
 from unmerge.evidence.beside import beside_stranger
 from unmerge.evidence.lattice import Block
 from unmerge.statistics import FloatArray
@@ -138,3 +141,24 @@ def test_nothing_is_said_of_weights_that_leave_no_room() -> None:
     assert beside_stranger(blocks, np.array([0.6, 0.4])) is None
     assert beside_stranger(blocks[:1], TRUTH) is None
     assert beside_stranger(blocks, np.zeros(0)) is None
+
+
+@pytest.mark.parametrize(("back", "moves"), [(-54.0, False), (-60.0, True), (-49.0, False)])
+def test_the_second_search_decides_only_where_it_is_much_likelier(
+    monkeypatch: pytest.MonkeyPatch, back: float, *, moves: bool
+) -> None:
+    """Likelier by a tenth than the same stranger beside the weights of the first one, however unlikely that one was."""
+
+    def climb(*_: object, near: object = None) -> beside._Top:
+        state = beside._State(np.array([0.5 if near is None else 0.4]), ())
+        return beside._Top(state, -100.0 if near is None else -50.0, np.zeros(1), -np.inf)
+
+    def held(_: object, weights: FloatArray, *__: object, near: beside._State) -> tuple[beside._State, float]:
+        assert (weights.tolist(), near.weights.tolist()) == ([0.5], [0.4])
+        return near, back
+
+    monkeypatch.setattr(beside, "_climb", climb)
+    monkeypatch.setattr(beside, "_held", held)
+    with ThreadPoolExecutor(1) as pool:
+        found = beside._climbed([], np.array([0.5]), 8, pool)
+    assert found.weights.tolist() == ([0.4] if moves else [0.5])
