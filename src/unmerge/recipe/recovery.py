@@ -18,7 +18,7 @@ from unmerge.alignment import layer_count
 from unmerge.attribution import Target, explain, open_target
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from unmerge.checkpoint.source import Source, resolve
-from unmerge.checkpoint.tensor import ArrayTensor, Tensor, matrix_shape, values
+from unmerge.checkpoint.tensor import Tensor, in_memory, matrix_shape, values
 from unmerge.dictionary import Atom, Base, open_base
 from unmerge.errors import AlignmentError, RecipeError
 from unmerge.merging.draws import TorchDraws
@@ -500,9 +500,4 @@ def _trial(goal: Checkpoint, models: Mapping[ModelReference, Model], sample: Sam
     smallest = sorted(sample.names, key=lambda name: (sizes[name], name))[:TRIAL_TENSORS]
     small = [name for name in sample.names if sizes[name] <= TRIAL_ELEMENTS] or sorted(smallest)
     chosen = [small[int(number)] for number in np.unique(np.linspace(0, len(small) - 1, TRIAL_TENSORS).astype(int))]
-    return Trial(tuple(chosen), models, {name: _held(goal.tensors[name]) for name in chosen})
-
-
-def _held(tensor: Tensor) -> Tensor:
-    raw = tensor.read(0, matrix_shape(tensor.shape)[0])
-    return ArrayTensor(tensor.name, tensor.dtype, tensor.shape, tensor.origin, raw)
+    return Trial(tuple(chosen), models, {name: in_memory(goal.tensors[name]) for name in chosen})
