@@ -185,17 +185,23 @@ def simulated_least_squares(
         If the stranger was stored as one more checkpoint, with the weight that is missing from 1 (a half if none
         is); and if it is many, which dither the rounding.
     """
-    missing = 1.0 - float(np.abs(weights).sum())
-    missing = missing if missing > SMALLEST_MISSING else 0.5
+    missing = _missing(float(np.abs(weights).sum()))
     draws = [
         stranger * generator.standard_normal(corner.target.shape)
         for corner, stranger in zip(corners, strangers, strict=True)
     ]
-    stored = [
-        missing * (corner.base_grid(corner.base + draw / missing) - corner.base)
-        for corner, draw in zip(corners, draws, strict=True)
-    ]
+    stored = [_stored(corner, draw, missing) for corner, draw in zip(corners, draws, strict=True)]
     return _found_beside(corners, weights, stored), _found_beside(corners, weights, draws)
+
+
+def _missing(known: float) -> float:
+    """Return the weight that a stranger is believed to have beside others."""
+    return 1.0 - known if 1.0 - known > SMALLEST_MISSING else 0.5
+
+
+def _stored(corner: Corner, change: FloatArray, weight: float) -> FloatArray:
+    """Return what comes of a change that a merge was to hold, if it is that of a stored checkpoint with this weight."""
+    return weight * (corner.base_grid(corner.base + change / weight) - corner.base)
 
 
 def _found_beside(corners: Sequence[Corner], weights: FloatArray, strangers: Sequence[FloatArray]) -> FloatArray:
@@ -239,13 +245,12 @@ def remaining_of_others(
         draw = stranger * generator.standard_normal(corner.target.shape)
         known = corner.base + np.tensordot(weights, corner.stored_atoms, 1)
         scale = corner.size / draw.size
+        dithered = known + draw, corner.target_grid(known + draw)
         for place, (size, change) in enumerate(zip(sizes, others, strict=True)):
-            missing = 1.0 - float(np.abs(weights).sum() + abs(size))
-            missing = missing if missing > SMALLEST_MISSING else 0.5
-            stored = missing * (corner.base_grid(corner.base + draw / missing) - corner.base)
+            beside = known + _stored(corner, draw, _missing(float(np.abs(weights).sum() + abs(size))))
             own = size * (corner.base_grid(corner.base + change) - corner.base)
-            for way, rest in enumerate((stored, draw)):
-                moved = corner.target_grid(known + rest + own) - corner.target_grid(known + rest)
+            for way, (rest, without) in enumerate(((beside, corner.target_grid(beside)), dithered)):
+                moved = corner.target_grid(rest + own) - without
                 left[way, place] += scale * float(np.vdot(moved, change)) / size
             energy[place] += scale * float(np.vdot(change, change))
     shares = np.divide(np.sort(left, axis=0), energy, out=np.ones_like(left), where=energy > 0.0)
