@@ -45,7 +45,7 @@ from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from unmerge.checkpoint.source import Source, resolve, split_name
 from unmerge.checkpoint.tensor import matrix_shape, values
-from unmerge.directions import directions, is_low_rank
+from unmerge.directions import directions, is_low_rank, told_apart
 from unmerge.errors import CheckpointError, DictionaryError, UnmergeError
 from unmerge.sketch import Layout, Sketch, Sketches, sketch, stack
 from unmerge.task_vector import Delta, LowRank, TaskVector, adapter_deltas, checkpoint_deltas
@@ -489,8 +489,8 @@ def _write(
         _write_atom(path, atom, layout, _row(known, len(entries) + position), workers=workers)
         for position, atom in enumerate(atoms)
     ]
-    new = [_with_directions(path, atom) for atom in known.atoms[len(entries) :]]
-    if new and any(atom.kind == "checkpoint" for atom in known.atoms):
+    if len(known.atoms) > len(entries) and any(atom.kind == "checkpoint" for atom in known.atoms):
+        new = [_with_directions(path, atom) for atom in known.atoms[len(entries) :]]
         found = _shown(base, new, known, shown, workers=workers)
         for position, entry in enumerate(written[: len(new)], start=len(entries)):
             file = _shown_file(path, entry["name"])
@@ -532,8 +532,8 @@ def _shown(
     """
     old = len(known.atoms) - len(new)
     atoms = (*known.atoms[:old], *new)
+    # By place, and whether it is of the directions; the new ones first.
     vectors: dict[tuple[int, bool], TaskVector] = {}
-    """By place, and whether it is of the directions; the new ones first."""
     for places in (range(old, len(atoms)), range(old)):
         vectors |= {(place, False): atoms[place].vector for place in places}
         vectors |= {(place, True): _leading(atoms[place]) for place in places if atoms[place].kind == "checkpoint"}
@@ -559,7 +559,7 @@ def _shown(
 def _leading(atom: Atom) -> TaskVector:
     if atom.directions is None:
         raise ValueError(f"{atom.name}: its directions are not known")
-    return replace(atom.directions, digest=f"{atom.vector.digest}/directions")
+    return told_apart(atom.directions)
 
 
 def _both_ways(shown: FloatArray, position: int) -> FloatArray:

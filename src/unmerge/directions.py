@@ -9,6 +9,7 @@ float32 (see `float32`) and added up in float64: what that rounds away is far be
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def directions(vector: TaskVector, rank: int = DIRECTIONS, *, workers: int = 1) 
         found = parallel(delayed(_tensor_directions)(vector, name, rank) for name in names)
     kept = {name: delta for name, delta in zip(names, found, strict=True) if delta is not None}
     return TaskVector(vector.name, vector.digest, kept)
+
+
+def told_apart(found: TaskVector) -> TaskVector:
+    """Return directions with a digest that is not that of the change that they are of."""
+    return replace(found, digest=f"{found.digest}/directions")
 
 
 def is_low_rank(vector: TaskVector) -> bool:

@@ -26,7 +26,7 @@ LEAST_ELEMENTS = 1 << 20
 """Tensors of fewer elements are computed in float64."""
 BLOCK_ELEMENTS = 1 << 22
 """Elements of one block of rows at most (16 MiB): so many rows that a GEMM spends its time on products, not on
-packing; with half as many a pass takes a twentieth longer."""
+packing; with half as many a pass takes some hundredths longer."""
 CHUNK = 1 << 15
 """Elements that other types than BF16 are widened and subtracted by: a few such arrays fit a core's cache."""
 SLOTS = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from unmerge.checkpoint.source import Source
 from unmerge.completion import Gap, alone, complete, possible, proportions
 from unmerge.compress import compressed_statistics, select_top_k
 from unmerge.dictionary import Atom, Base, Dictionary, Start, join
-from unmerge.directions import directions, is_low_rank
+from unmerge.directions import directions, is_low_rank, told_apart
 from unmerge.errors import AlignmentError, DictionaryError, TargetError
 from unmerge.statistics import Statistics
 from unmerge.task_vector import LowRank, TaskVector
@@ -132,13 +132,7 @@ class Regression:
         """What tells how much tensors disagree: what was seen, not what was completed from it."""
         if not self.gaps:
             return self.tensors
-        weights = _proportions(self)
-        return tuple(
-            replace(tensor, statistics=alone(tensor.statistics, self.gaps[tensor.name], weights))
-            if tensor.name in self.gaps
-            else tensor
-            for tensor in self.seen
-        )
+        return self._from_seen(alone, _proportions(self))
 
     def completed_by(self, weights: FloatArray) -> Regression:
         """Return it with what directions lack taken to be there in these proportions, shape (K,).
@@ -147,13 +141,17 @@ class Regression:
         """
         if not self.gaps:
             return self
-        tensors = tuple(
-            replace(tensor, statistics=complete(tensor.statistics, self.gaps[tensor.name], weights))
+        return replace(self, tensors=self._from_seen(complete, weights))
+
+    def _from_seen(
+        self, change: Callable[[Statistics, Gap, FloatArray], Statistics], weights: FloatArray
+    ) -> tuple[TensorStatistics, ...]:
+        return tuple(
+            replace(tensor, statistics=change(tensor.statistics, self.gaps[tensor.name], weights))
             if tensor.name in self.gaps
             else tensor
             for tensor in self.seen
         )
-        return replace(self, tensors=tensors)
 
 
 def add(tensors: Sequence[TensorStatistics], atoms: int) -> Statistics:
@@ -245,7 +243,7 @@ def _as_read(atom: Atom) -> Atom:
     """Return an atom as the pass reads it: by its directions, if it is to be answered from those."""
     if atom.energies is None or atom.directions is None:
         return atom
-    return replace(atom, vector=replace(atom.directions, digest=f"{atom.vector.digest}/directions"))
+    return replace(atom, vector=told_apart(atom.directions))
 
 
 def _split_known(dictionary: Dictionary, read: Mapping[str, Atom]) -> tuple[Dictionary, tuple[Atom, ...]]:
@@ -408,7 +406,7 @@ def _low_rank(atom: Atom) -> TaskVector:
     if is_low_rank(vector):
         return vector
     found = atom.directions or directions(vector)
-    return replace(found, digest=f"{vector.digest}/directions")
+    return told_apart(found)
 
 
 def _without(found: Mapping[str, list[Products]], vectors: int) -> dict[str, list[Products]]:
