@@ -154,11 +154,20 @@ class TestStreaming:
         np.testing.assert_allclose(cut.right(), whole.right(), atol=1e-10)
         assert max(stop - start for start, stop in delta.asked) == max(1, elements // 80)
 
-    def test_it_reads_a_change_four_times_and_a_zero_one_once(self) -> None:
-        for values, passes in ((np.ones((20, 10)), 4), (np.zeros((20, 10)), 1)):
-            delta = Dense(values)
-            leading(delta, 2, np.random.default_rng(0))
-            assert delta.asked == [(0, 20)] * passes
+    @pytest.mark.parametrize(("value", "passes"), [(1.0, 4), (0.0, 1)])
+    def test_it_reads_a_change_of_several_blocks_four_times_and_a_zero_one_once(
+        self, value: float, passes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(task_vector, "BLOCK_ELEMENTS", 100)
+        delta = Dense(np.full((20, 10), value))
+        leading(delta, 2, np.random.default_rng(0))
+        assert delta.asked == [(0, 10), (10, 20)] * passes
+
+    @pytest.mark.parametrize("value", [1.0, 0.0])
+    def test_it_reads_a_change_of_one_block_once(self, value: float) -> None:
+        delta = Dense(np.full((20, 10), value))
+        leading(delta, 2, np.random.default_rng(0))
+        assert delta.asked == [(0, 20)]
 
     def test_what_is_kept_is_no_larger_than_asked_for(self) -> None:
         found = find(matrix(7, 200, 100, np.ones(100)), 4)

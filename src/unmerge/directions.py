@@ -9,7 +9,7 @@ float32 (see `float32`) and added up in float64: what that rounds away is far be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
 
     The randomised range finder of Halko, Martinsson and Tropp (2011, algorithms 4.4 and 5.1): an approximation of
     ``numpy.linalg.svd``, exact up to rounding where the change has at most `rank` directions. It reads the change
-    four times.
+    four times, or once if it is one block.
 
     Parameters
     ----------
@@ -124,11 +124,12 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
     """
     if rank < 1:
         raise ValueError(f"rank {rank}: expected at least one direction")
-    sketch = _row_sketch(delta, rank, generator)
+    change = _Change.of(delta)
+    sketch = _row_sketch(change, rank, generator)
     if sketch is None:
         return None
-    columns, _ = np.linalg.qr(_times(delta, sketch))
-    inner, singular, right = np.linalg.svd(_transposed_times(delta, columns).T, full_matrices=False)
+    columns, _ = np.linalg.qr(_times(change, sketch))
+    inner, singular, right = np.linalg.svd(_transposed_times(change, columns).T, full_matrices=False)
     kept = int(np.count_nonzero(singular[:rank] > SMALLEST * singular[0]))
     if not kept:
         return None
@@ -137,15 +138,15 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
     return computed_low_rank(left, right[:kept] * signs[:, np.newaxis], "F64")
 
 
-def _row_sketch(delta: Delta, rank: int, generator: np.random.Generator) -> FloatArray | None:
+def _row_sketch(change: _Change, rank: int, generator: np.random.Generator) -> FloatArray | None:
     """Return an orthonormal basis, shape (n, rank + OVERSAMPLING or less), that leans to the leading directions.
 
     None if the change is zero.
     """
-    rows, columns = delta.shape
+    rows, columns = change.shape
     basis = generator.standard_normal((columns, min(rank + OVERSAMPLING, rows, columns)))
     for _ in range(POWER_ITERATIONS):
-        product = _gram_times(delta, basis)
+        product = _gram_times(change, basis)
         if not np.isfinite(product).all():
             raise ValueError("it has NaN or Inf (in it or in the base), or its energy overflows: not a usable model")
         if not product.any():
@@ -154,34 +155,70 @@ def _row_sketch(delta: Delta, rank: int, generator: np.random.Generator) -> Floa
     return basis
 
 
-def _gram_times(delta: Delta, basis: FloatArray) -> FloatArray:
+def _gram_times(change: _Change, basis: FloatArray) -> FloatArray:
     # M'M at once saves a pass. It squares singular values, but what SMALLEST keeps stays above float64's rounding.
     product = np.zeros(basis.shape)
     with np.errstate(invalid="ignore", over="ignore"):  # who reads the product says what is wrong
-        for _, block in _blocks(delta):
+        for _, block in change.blocks():
             if block.any():  # most tensors of most fine-tunes are the base's
                 product += block.T @ (block @ basis.astype(block.dtype))
     return product
 
 
-def _times(delta: Delta, basis: FloatArray) -> FloatArray:
-    product = np.empty((delta.shape[0], basis.shape[1]))
-    for start, block in _blocks(delta):
+def _times(change: _Change, basis: FloatArray) -> FloatArray:
+    product = np.empty((change.shape[0], basis.shape[1]))
+    for start, block in change.blocks():
         product[start : start + len(block)] = block @ basis.astype(block.dtype)
     return product
 
 
-def _transposed_times(delta: Delta, basis: FloatArray) -> FloatArray:
-    product = np.zeros((delta.shape[1], basis.shape[1]))
-    for start, block in _blocks(delta):
+def _transposed_times(change: _Change, basis: FloatArray) -> FloatArray:
+    product = np.zeros((change.shape[1], basis.shape[1]))
+    for start, block in change.blocks():
         product += block.T @ basis[start : start + len(block)].astype(block.dtype)
     return product
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Change:
+    """A dense change that is looked at several times.
+
+    Attributes
+    ----------
+    delta : Delta
+    held : tuple of (int, array) or None
+        Its only block; None if there are several, which are read each time.
+    """
+
+    delta: Delta
+    held: tuple[int, NDArray[Any]] | None
+
+    @classmethod
+    def of(cls, delta: Delta) -> _Change:
+        return cls(delta, next(_blocks(delta)) if _is_one_block(delta) else None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.delta.shape
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        return _blocks(self.delta) if self.held is None else iter([self.held])
+
+
+def _is_one_block(delta: Delta) -> bool:
+    rows, columns = delta.shape
+    return float32.step(rows, columns) == rows if _is_large(delta) else next(blocks(0, rows, columns))[1] == rows
+
+
+def _is_large(delta: Delta) -> bool:
+    rows, columns = delta.shape
+    return isinstance(delta, Difference) and float32.applies([delta], rows * columns)
 
 
 def _blocks(delta: Delta) -> Iterator[tuple[int, NDArray[Any]]]:
     """Yield the first row and the values of each block, written over later; large stored changes are in float32."""
     rows, columns = delta.shape
-    if isinstance(delta, Difference) and float32.applies([delta], rows * columns):
+    if isinstance(delta, Difference) and _is_large(delta):
         for block in float32.blocks({0: delta}, 0, rows, columns, []):
             yield block.start, block.values[0]
     else:

@@ -582,7 +582,7 @@ def _beside(
         return estimate
     share = _share(regression, np.asarray(list(estimate.places), dtype=np.intp), found.weights)
     floor, way = _floor(regression, list(seen.values()), found.weights, share)
-    bounds = found.intervals(LEVEL, signed=signed)
+    bounds = found.intervals(signed=signed)
     intervals = tuple(
         _spanning(_pair(row), rough) if gap > APART else _pair(row)
         for row, rough, gap in zip(bounds, estimate.intervals, np.abs(found.weights - estimate.weights), strict=True)

@@ -103,14 +103,14 @@ def blocks(
     pairs : sequence of (int, int)
         The changes whose inner products are wanted; the first is not before the second.
     """
-    values = {i: np.empty((_step(stop - start, columns), columns), np.float32) for i in changes}
+    values = {i: np.empty((step(stop - start, columns), columns), np.float32) for i in changes}
     scratch = np.empty((2, CHUNK), np.float32)
     for first, last, stored in read_blocks(changes, start, stop, columns):
         rows = {i: array[: last - first] for i, array in values.items()}
         yield _subtract(changes, first, stored, rows, pairs, scratch)
 
 
-def _step(rows: int, columns: int) -> int:
+def step(rows: int, columns: int) -> int:
     """Return the rows of a block: all of them about equal, as a small last one would waste its GEMM."""
     most = max(1, BLOCK_ELEMENTS // max(1, columns))
     return -(-rows // -(-rows // most))
@@ -125,8 +125,8 @@ def read_blocks(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    step = _step(stop - start, columns)
-    ranges = [(first, min(stop, first + step)) for first in range(start, stop, step)]
+    size = step(stop - start, columns)
+    ranges = [(first, min(stop, first + size)) for first in range(start, stop, size)]
     tensors = {id(tensor): tensor for delta in changes.values() for tensor in (delta.tuned, delta.base)}
     most = max(stop - start for start, stop in ranges) * columns
     slots = [{key: np.empty(most, tensor.dtype.raw) for key, tensor in tensors.items()} for _ in range(SLOTS)]
@@ -167,9 +167,7 @@ def _subtract(
         energy, rounding[i] = _difference(delta, tuned[:size], base[:size], flat[i][:size], scratch)
         if (i, i) in products:
             products[i, i] = energy
-    for i, j in pairs:
-        if i != j:
-            products[i, j] = _product(flat[i], flat[j])
+    products |= _products(flat, [(i, j) for i, j in pairs if i != j])
     return Block(start, values, products, rounding)
 
 
@@ -190,16 +188,18 @@ def _difference(
         with np.errstate(invalid="ignore"):  # Inf minus Inf; who reads the products says where it is
             np.subtract(wide, other, out=out[rows])
         rounding += kinds[0].rounding_energy(tuned[rows])
-    return _product(out, out), rounding
+    return _products({0: out}, [(0, 0)])[0, 0], rounding
 
 
-def _product(x: FloatArray32, y: FloatArray32) -> float:
-    """Return an inner product, summed in float64."""
-    total = 0.0
-    for low in range(0, len(x), CHUNK):
-        first = x[low : low + CHUNK].astype(np.float64)
-        total += float(np.dot(first, first if x is y else y[low : low + CHUNK].astype(np.float64)))
-    return total
+def _products(arrays: Mapping[int, FloatArray32], pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+    """Return inner products of flat arrays, summed in float64."""
+    totals = dict.fromkeys(pairs, 0.0)
+    needed = sorted({i for pair in pairs for i in pair})
+    for low in range(0, len(arrays[needed[0]]) if needed else 0, CHUNK):
+        wide = {i: arrays[i][low : low + CHUNK].astype(np.float64) for i in needed}
+        for i, j in pairs:
+            totals[i, j] += float(np.dot(wide[i], wide[j]))
+    return totals
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -63,7 +63,7 @@ def test_weights_are_in_their_intervals_and_near_the_truth(share: float) -> None
         blocks, start = merges(seed, share)
         found = beside_stranger(blocks, start)
         assert found is not None
-        low, high = found.intervals(0.95, signed=False).T
+        low, high = found.intervals(signed=False).T
         inside.append((low <= TRUTH) & (high >= TRUTH))
         errors.append(np.abs(found.weights - TRUTH))
         plain.append(np.abs(start - TRUTH))
@@ -71,6 +71,18 @@ def test_weights_are_in_their_intervals_and_near_the_truth(share: float) -> None
     assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / 4)
     assert np.mean(errors) < 0.2 * np.mean(plain)
     assert np.mean(errors) < 0.002
+
+
+def test_large_changes_give_precise_weights() -> None:
+    """The likelihood has a cusp at the truth where changes are many steps of the grid; a step of 1e-3 passes it by."""
+    errors = []
+    for seed in range(4):
+        blocks, start = merges(seed, 0.03)
+        found = beside_stranger(blocks, start)
+        assert found is not None
+        errors.append(np.abs(found.weights - TRUTH).max())
+    assert np.median(errors) < 3e-5
+    assert max(errors) < 3e-4
 
 
 @pytest.mark.parametrize("near", [0.503, 0.497])
@@ -82,7 +94,7 @@ def test_nearly_equal_weights_are_found_and_too_much_is_not_claimed(near: float)
         assert found is not None
         # Half of the sums lie at walls; with noise in the arithmetic, weights 0.02 away would be likelier.
         assert found.weights == pytest.approx(truth, abs=0.001)
-        assert (np.abs(found.weights - truth) <= found.half_widths(0.95)).all()
+        assert (np.abs(found.weights - truth) <= found.reach).all()
 
 
 @pytest.mark.parametrize("truth", [(0.5,), (0.25, 0.25), (0.6, 0.2)], ids=str)
@@ -92,9 +104,8 @@ def test_weights_that_people_choose_are_found(truth: tuple[float, ...], share: f
     found = beside_stranger(blocks, start)
     # Half of the sums lie on walls, and all but these weights are excluded; or none, and those nearby are as likely.
     assert found is not None
-    assert found.weights == pytest.approx(truth, abs=0.003 if share < 0.01 else 3e-4)
-    if share == 0.01:
-        assert (np.abs(found.weights - truth) <= found.half_widths(0.95)).all()
+    assert found.weights == pytest.approx(truth, abs=0.004 if share < 0.01 else 3e-4)
+    assert (np.abs(found.weights - truth) <= found.reach).all()
 
 
 def test_weights_are_found_where_half_of_the_changes_are_a_step_or_less() -> None:
@@ -103,7 +114,7 @@ def test_weights_are_found_where_half_of_the_changes_are_a_step_or_less() -> Non
     found = beside_stranger(blocks, start)
     assert found is not None
     assert np.abs(found.weights - TRUTH).max() < 0.1 * np.abs(start - TRUTH).max()
-    assert (np.abs(found.weights - TRUTH) <= 3.0 * found.half_widths(0.95)).all()
+    assert (np.abs(found.weights - TRUTH) <= 3.0 * found.reach).all()
 
 
 def test_do_not_depend_on_the_number_of_threads() -> None:
@@ -112,7 +123,7 @@ def test_do_not_depend_on_the_number_of_threads() -> None:
     assert one is not None
     assert two is not None
     assert one.weights.tobytes() == two.weights.tobytes()
-    assert one.half_widths(0.95).tobytes() == two.half_widths(0.95).tobytes()
+    assert one.reach.tobytes() == two.reach.tobytes()
 
 
 def test_do_not_depend_on_the_first_estimate() -> None:
@@ -120,7 +131,7 @@ def test_do_not_depend_on_the_first_estimate() -> None:
     one, two = beside_stranger(blocks, start), beside_stranger(blocks, TRUTH + np.array([0.02, -0.03]))
     assert one is not None
     assert two is not None
-    reach = one.half_widths(0.95) + two.half_widths(0.95)
+    reach = one.reach + two.reach
     assert (np.abs(one.weights - two.weights) <= reach).all()
 
 
@@ -133,7 +144,7 @@ def test_merges_of_another_kind_are_refused_or_their_weights_hold(other: dict[st
     blocks, start = merges(2, 0.01, **other)  # type: ignore[arg-type]  # one of its options
     found = beside_stranger(blocks, start)
     if found is not None:
-        assert (np.abs(found.weights - TRUTH) <= 3.0 * found.half_widths(0.95)).all()
+        assert (np.abs(found.weights - TRUTH) <= 3.0 * found.reach).all()
 
 
 def test_nothing_is_said_of_weights_that_leave_no_room() -> None:
@@ -143,22 +154,26 @@ def test_nothing_is_said_of_weights_that_leave_no_room() -> None:
     assert beside_stranger(blocks, np.zeros(0)) is None
 
 
-@pytest.mark.parametrize(("back", "moves"), [(-54.0, False), (-60.0, True), (-49.0, False)])
-def test_the_second_search_decides_only_where_it_is_much_likelier(
-    monkeypatch: pytest.MonkeyPatch, back: float, *, moves: bool
+@pytest.mark.parametrize(("second", "begun"), [(0.4, [0.5, 0.4]), (0.5, [0.5])])
+@pytest.mark.parametrize("likelier", [0.5, 0.4])
+def test_the_last_search_is_begun_at_both_tops_and_the_likelier_end_counts(
+    monkeypatch: pytest.MonkeyPatch, second: float, begun: list[float], likelier: float
 ) -> None:
-    """Likelier by a tenth than the same stranger beside the weights of the first one, however unlikely that one was."""
+    starts: list[float] = []
+
+    def top(weight: float, likelihood: float) -> beside._Top:
+        return beside._Top(beside._State(np.array([weight]), ()), likelihood, np.zeros(1), -np.inf)
 
     def climb(*_: object, near: object = None) -> beside._Top:
-        state = beside._State(np.array([0.5 if near is None else 0.4]), ())
-        return beside._Top(state, -100.0 if near is None else -50.0, np.zeros(1), -np.inf)
+        return top(0.5, -100.0) if near is None else top(second, -50.0)
 
-    def held(_: object, weights: FloatArray, *__: object, near: beside._State) -> tuple[beside._State, float]:
-        assert (weights.tolist(), near.weights.tolist()) == ([0.5], [0.4])
-        return near, back
+    def refined(_: object, found: beside._Top, __: object) -> beside._Top:
+        starts.append(float(found.weights[0]))
+        return top(starts[-1], -10.0 if starts[-1] == likelier else -20.0)
 
     monkeypatch.setattr(beside, "_climb", climb)
-    monkeypatch.setattr(beside, "_held", held)
+    monkeypatch.setattr(beside, "_refined", refined)
     with ThreadPoolExecutor(1) as pool:
         found = beside._climbed([], np.array([0.5]), 8, pool)
-    assert found.weights.tolist() == ([0.4] if moves else [0.5])
+    assert starts == begun
+    assert found.weights.tolist() == [likelier if likelier in begun else begun[-1]]
