@@ -58,6 +58,7 @@ def merges(
 
 @pytest.mark.parametrize("share", [0.01, 0.03])
 def test_weights_are_in_their_intervals_and_near_the_truth(share: float) -> None:
+    """Where changes are some steps of the grid, the likelihood has a cusp at the truth; a step of 1e-3 passes it by."""
     inside, errors, plain = [], [], []
     for seed in range(4):
         blocks, start = merges(seed, share)
@@ -69,20 +70,9 @@ def test_weights_are_in_their_intervals_and_near_the_truth(share: float) -> None
         plain.append(np.abs(start - TRUTH))
     # Three standard deviations of four merges.
     assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / 4)
-    assert np.mean(errors) < 0.2 * np.mean(plain)
-    assert np.mean(errors) < 0.002
-
-
-def test_large_changes_give_precise_weights() -> None:
-    """The likelihood has a cusp at the truth where changes are many steps of the grid; a step of 1e-3 passes it by."""
-    errors = []
-    for seed in range(4):
-        blocks, start = merges(seed, 0.03)
-        found = beside_stranger(blocks, start)
-        assert found is not None
-        errors.append(np.abs(found.weights - TRUTH).max())
+    assert np.mean(errors) < 0.02 * np.mean(plain)
     assert np.median(errors) < 3e-5
-    assert max(errors) < 3e-4
+    assert np.max(errors) < 3e-4
 
 
 @pytest.mark.parametrize("near", [0.503, 0.497])

@@ -62,6 +62,8 @@ APART = 0.003
 """Distance from which weights are others."""
 STEPS, NEARER, FINE, LOOKS = (0.02, 0.001), (0.005, 0.001), (0.001, 1e-5), 25
 """The first and the last step of three searches for the weights, and how many points each looks at for each of them."""
+RESOLVED = 1e-6
+"""The top is not known better, as the last steps are ten times as large."""
 AGAIN, SETTLED = 4, 2
 """How often the last search is begun at most, and how often the stranger is improved before."""
 SEARCHES = 2
@@ -135,7 +137,7 @@ def beside_stranger(blocks: Sequence[Block], start: FloatArray, *, workers: int 
         state = _polished(blocks, top, pool)
     if state is None:
         return None
-    return Beside(state.weights, np.maximum(top.plateau, np.abs(state.weights - top.weights)))
+    return Beside(state.weights, np.maximum(np.maximum(top.plateau, np.abs(state.weights - top.weights)), RESOLVED))
 
 
 def _some(blocks: Sequence[Block]) -> Sequence[Block]:
