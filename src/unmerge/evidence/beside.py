@@ -53,17 +53,18 @@ PLAIN = 0.75
 merged: 0.2 to 0.6 times; 0.9 and more where others were."""
 IMPROVED, CLOSER = (2, 6), 0.02
 """The same where the stranger of other weights is improved; a search in small steps that gains more is repeated."""
-PLAUSIBLE = 0.03
-"""Part of the likelihood's logarithm that weights lack which are about as likely; fits of one stranger differ by 0.02.
-Of 100 true weights 95 are no farther than one of these, counted on merges of another seed than the benchmark's."""
 PARTS, NEAR = (2, 3, 4, 5, 6, 7, 8, 10, 20), 0.03
 """Weights that are tried are multiples of these parts of 1, so far from a start at most."""
 APART = 0.003
 """Distance from which weights are others."""
-STEPS, NEARER, FINE, LOOKS = (0.02, 0.001), (0.005, 0.001), (0.001, 1e-5), 25
-"""The first and the last step of three searches for the weights, and how many points each looks at for each of them."""
+STEPS, NEARER, FINE = (0.02, 0.001, 0.01), (0.005, 0.001, 0.01), (0.001, 1e-5, 0.03)
+"""Of three searches for the weights the first and the last step, and the part of the likelihood's logarithm that is
+lacking where weights are about as likely; fits of one stranger differ by 0.02. Of 100 true weights 95 are no farther
+than such ones, counted on merges of another seed than the benchmark's."""
+LOOKS = 25
+"""How many points each search looks at for each weight."""
 RESOLVED = 1e-6
-"""The top is not known better, as the last steps are ten times as large."""
+"""No top is known better: the last steps are ten times as large."""
 AGAIN, SETTLED = 4, 2
 """How often the last search is begun at most, and how often the stranger is improved before."""
 SEARCHES = 2
@@ -253,7 +254,7 @@ def _climb(
     blocks: Sequence[Block],
     start: FloatArray,
     rank: int,
-    steps: tuple[float, float],
+    steps: tuple[float, float, float],
     pool: ThreadPoolExecutor,
     *,
     near: _State | None = None,
@@ -277,7 +278,7 @@ def _climb(
     minimize(depth, start, method="COBYQA", options=options)
     top = int(np.argmax(heights))
     distances, found = np.abs(np.array(points) - points[top]), np.array(heights)
-    plateau = distances[found >= found[top] - PLAUSIBLE * abs(found[top])].max(axis=0)
+    plateau = distances[found >= found[top] - steps[2] * abs(found[top])].max(axis=0)
     beyond = found[distances.max(axis=1) > APART].max(initial=-np.inf)
     return _Top(tops[-1], heights[top], plateau, float(beyond))
 
