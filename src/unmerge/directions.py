@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,7 +210,7 @@ def _is_one_block(delta: Delta) -> bool:
     return float32.step(rows, columns) == rows if _is_large(delta) else next(blocks(0, rows, columns))[1] == rows
 
 
-def _is_large(delta: Delta) -> bool:
+def _is_large(delta: Delta) -> TypeGuard[Difference]:
     rows, columns = delta.shape
     return isinstance(delta, Difference) and float32.applies([delta], rows * columns)
 
@@ -218,7 +218,7 @@ def _is_large(delta: Delta) -> bool:
 def _blocks(delta: Delta) -> Iterator[tuple[int, NDArray[Any]]]:
     """Yield the first row and the values of each block, written over later; large stored changes are in float32."""
     rows, columns = delta.shape
-    if isinstance(delta, Difference) and _is_large(delta):
+    if _is_large(delta):
         for block in float32.blocks({0: delta}, 0, rows, columns, []):
             yield block.start, block.values[0]
     else:
