@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unmerge.evidence.lattice import Block, Seen, Stranger, seen
-from unmerge.evidence.low_rank import Factors, leading, refitted, tangents, variance
+from unmerge.evidence.low_rank import Factors, leading, refitted, tangents
 from unmerge.statistics import FloatArray
 
 if TYPE_CHECKING:
@@ -296,24 +296,29 @@ def _held(
     state, before = _State(weights, near.strangers) if near else _first(blocks, weights, rank), -np.inf
     (least, most), close = (IMPROVED, CLOSER) if near else (HELD, CLOSE)
     for turn in range(most):
-        better, likelihood = _refitted(blocks, state, rank, noise, pool, search=near is None and turn < SEARCHES)
+        found = _seen(blocks, state, noise, pool)
+        likelihood = sum(one.likelihood for one in found)
         if turn >= least and likelihood - before < close * abs(likelihood):
             break
-        state, before = better, likelihood
+        if turn + 1 < most:
+            state, before = _refitted(state, found, rank, pool, search=near is None and turn < SEARCHES), likelihood
     return state, likelihood
 
 
-def _refitted(
-    blocks: Sequence[Block], state: _State, rank: int, noise: float, pool: ThreadPoolExecutor, *, search: bool
-) -> tuple[_State, float]:
-    """Improve the strangers alone; also return the likelihood before."""
+def _seen(blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor) -> list[Seen]:
+    def look(block: Block, stranger: Stranger) -> Seen:
+        return seen(block, stranger, state.weights, state.share, noise)
 
-    def look(block: Block, stranger: Stranger) -> tuple[Stranger, float]:
-        found = seen(block, stranger, state.weights, state.share, noise)
-        return _better(stranger, found, rank, search=search)[0], found.likelihood
+    return list(pool.map(look, blocks, state.strangers))
 
-    strangers, likelihoods = zip(*pool.map(look, blocks, state.strangers), strict=True)
-    return _State(state.weights, strangers), sum(likelihoods)
+
+def _refitted(state: _State, found: Sequence[Seen], rank: int, pool: ThreadPoolExecutor, *, search: bool) -> _State:
+    """Improve the strangers alone."""
+
+    def better(stranger: Stranger, one: Seen) -> Stranger:
+        return _better(stranger, one, rank, search=search)[0]
+
+    return _State(state.weights, tuple(pool.map(better, state.strangers, found)))
 
 
 def _fit(blocks: Sequence[Block], weights: FloatArray, rank: int, noise: float, pool: ThreadPoolExecutor) -> float:
@@ -432,8 +437,7 @@ def _better(stranger: Stranger, found: Seen, rank: int | None = None, *, search:
         factors = leading(product + pull / max(float(clipped.mean()), 0.2), rank)
         least = factors.rank * (sum(product.shape) - factors.rank) / precision.sum()
         return Stranger(factors, np.full(product.shape, np.sqrt(max(growth * before.mean(), least)))), precision
-    factors = refitted(product + pull / clipped, precision, stranger.factors)
-    own = variance(precision, factors)
+    factors, own = refitted(product + pull / clipped, precision, stranger.factors)
     return Stranger(factors, np.sqrt(own * max(1.0, growth * float(before.mean() / own.mean())))), precision
 
 
@@ -492,7 +496,4 @@ def _length(
 
 
 def _likelihood(blocks: Sequence[Block], state: _State, noise: float, pool: ThreadPoolExecutor) -> float:
-    def look(block: Block, stranger: Stranger) -> float:
-        return seen(block, stranger, state.weights, state.share, noise).likelihood
-
-    return sum(pool.map(look, blocks, state.strangers))
+    return sum(one.likelihood for one in _seen(blocks, state, noise, pool))

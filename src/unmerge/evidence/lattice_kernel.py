@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import numba
+import numpy as np
 
 from unmerge.statistics import FloatArray
 
@@ -20,6 +21,9 @@ Function = TypeVar("Function", bound=Callable[..., object])
 STRAY = 1e-6
 """Probability of an element that nothing accounts for."""
 _FAR, _OUT = 35.0, 8.0
+_EXPONENT = 0x7FF0000000000000
+_TOGETHER = 1e-250
+"""Probabilities are multiplied down to here: one logarithm for many elements."""
 _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
 
 
@@ -97,11 +101,11 @@ def _told(
     total: float, score: float, first: float, second: float, noise: float, middle: float, error: float
 ) -> tuple[float, float, float, float]:
     """Return probability, score, mean and variance of an element from sums over steps, in standard deviations."""
-    whole = total + STRAY
-    mean = first / whole
+    per_whole = 1.0 / (total + STRAY)
+    mean = first * per_whole
     # An element that nothing accounts for says nothing: its share of the answer is what was known before.
-    spread = (second + STRAY) / whole - mean**2
-    return total, score / (whole * noise), middle + error * mean, error**2 * max(spread, 0.0)
+    spread = (second + STRAY) * per_whole - mean**2
+    return total, score * per_whole / noise, middle + error * mean, error**2 * max(spread, 0.0)
 
 
 @_compiled
@@ -110,31 +114,43 @@ def see_stepwise(
 ) -> tuple[float, float, float, float]:
     """Return the same of an element in which the stranger's steps, `offsets` to each side, are told apart."""
     nearest = round(middle / spacing)
-    step, unit = share * spacing / noise, spacing / error
-    low, high = low / noise, high / noise
-    # Of other steps the cell is out of reach.
-    first_step = max(nearest - offsets, math.ceil((low - _OUT) / step))
-    last_step = min(nearest + offsets, math.floor((high + _OUT) / step))
+    center, unit = middle / error, spacing / error
+    # The cell and its blurred walls in steps.
+    per_step = 1.0 / (share * spacing)
+    bottom, top, blur = low * per_step, high * per_step, _OUT * noise * per_step
+    # Of other steps the cell is out of reach, and of those between the inner ones it is hit for sure.
+    first_step = max(nearest - offsets, math.ceil(bottom - blur))
+    last_step = min(nearest + offsets, math.floor(top + blur))
+    first_inner, last_inner = math.ceil(bottom + blur), min(last_step, math.floor(top - blur))
     total = score = first = second = 0.0
-    edge = (first_step - 0.5) * unit - middle / error
+    edge = (first_step - 0.5) * unit - center
     below, at_edge = _step(edge)
-    for number in range(first_step, last_step + 1):
-        upper = edge + unit
+    number = first_step
+    while number <= last_step:
+        taken = max(last_inner - number + 1, 1) if number >= first_inner else 1
+        upper = edge + taken * unit
         above, at_upper = _step(upper)
-        (to_low, at_low), (to_high, at_high) = _step(low - number * step), _step(high - number * step)
-        inside, chance = to_high - to_low, above - below
-        total += chance * inside
-        score += chance * (at_low - at_high)
-        first += (at_edge - at_upper) * inside
-        second += (chance + edge * at_edge - upper * at_upper) * inside
+        chance, moment = above - below, at_edge - at_upper
+        bent = chance + edge * at_edge - upper * at_upper
+        if taken == 1:
+            at = number * share * spacing
+            (to_low, at_low), (to_high, at_high) = _step((low - at) / noise), _step((high - at) / noise)
+            inside = to_high - to_low
+            score += chance * (at_low - at_high)
+            chance, moment, bent = chance * inside, moment * inside, bent * inside
+        total, first, second = total + chance, first + moment, second + bent
         edge, below, at_edge = upper, above, at_upper
+        number += taken
     return _told(total, score, first, second, noise, middle, error)
 
 
 @_compiled
 def _power(size: float, smallest: float) -> float:
     """Return the power of two below a magnitude, or the smallest one that the grid follows."""
-    return smallest if size < smallest else math.ldexp(0.5, math.frexp(size)[1])
+    if size < smallest:
+        return smallest
+    # Without the fraction's bits: a call of frexp takes as long as everything else of an element.
+    return float(np.int64(np.float64(size).view(np.int64) & _EXPONENT).view(np.float64))
 
 
 @_compiled
@@ -161,23 +177,37 @@ def see_across(
     smallest: float,
 ) -> tuple[float, float, float, float]:
     """Return the same where steps are not all of one size: `count` of them from the value `first`."""
-    low, high = low / noise, high / noise
     value, following = first, _above(first, fine, smallest)
     total = score = one = two = 0.0
-    edge = (-_above(-first, fine, smallest) + first - 2.0 * middle) / (2.0 * error)
-    below, at_edge = _step(edge)
-    for _ in range(count):
-        upper = (0.5 * (value + following) - middle) / error
-        above, at_upper = _step(upper)
-        at = share * value / noise
-        (to_low, at_low), (to_high, at_high) = _step(low - at), _step(high - at)
-        inside, chance = to_high - to_low, above - below
-        total += chance * inside
-        score += chance * (at_low - at_high)
-        one += (at_edge - at_upper) * inside
-        two += (chance + edge * at_edge - upper * at_upper) * inside
-        edge, below, at_edge = upper, above, at_upper
-        value, following = following, _above(following, fine, smallest)
+    edge, known = 0.5 * (first - _above(-first, fine, smallest)), False
+    below = at_edge = lower = 0.0
+    margin = _OUT * noise
+    for number in range(count):
+        at, end = share * value, 0.5 * (value + following)
+        reached = low - margin < at < high + margin
+        if reached:
+            if not known:
+                lower = (edge - middle) / error
+                below, at_edge = _step(lower)
+            upper = (end - middle) / error
+            sure = low + margin < at < high - margin
+            # What follows is summed together as long as the cell is hit for sure.
+            if not (sure and number + 1 < count and low + margin < share * following < high - margin):
+                above, at_upper = _step(upper)
+                chance, moment = above - below, at_edge - at_upper
+                bent = chance + lower * at_edge - upper * at_upper
+                if not sure:
+                    to_low, at_low = _step((low - at) / noise)
+                    to_high, at_high = _step((high - at) / noise)
+                    inside = to_high - to_low
+                    score += chance * (at_low - at_high)
+                    chance, moment, bent = chance * inside, moment * inside, bent * inside
+                total, one, two = total + chance, one + moment, two + bent
+                lower, below, at_edge = upper, above, at_upper
+        elif at > high:
+            break
+        known = reached
+        edge, value, following = end, following, _above(following, fine, smallest)
     return _told(total, score, one, two, noise, middle, error)
 
 
@@ -218,7 +248,7 @@ def see(
     float
         The likelihood's natural logarithm.
     """
-    likelihood = 0.0
+    likelihood, together = 0.0, 1.0
     for place in range(len(low)):
         # The stranger's own value is what was rounded; the cell holds the merge less the known changes and the base.
         tuned = weights[place] + middle[place]
@@ -252,6 +282,8 @@ def see(
                 fine,
                 smallest,
             )
-        likelihood += math.log(seen[0] + STRAY)
+        together *= seen[0] + STRAY
+        if together < _TOGETHER:
+            likelihood, together = likelihood + math.log(together), 1.0
         found[0, place], found[1, place], found[2, place] = seen[1], seen[2] - weights[place], seen[3]
-    return likelihood
+    return likelihood + math.log(together)

@@ -61,13 +61,18 @@ def leading(matrix: FloatArray, rank: int | None = None) -> Factors:
     return Factors(left * roots, matrix.T @ left / roots)
 
 
-def refitted(values: FloatArray, precision: FloatArray, factors: Factors) -> Factors:
-    """Return factors nearer to values, shape (n, m), by weighted least squares; `precision` is an inverse variance."""
-    left, right = factors.left, factors.right
+def refitted(values: FloatArray, precision: FloatArray, factors: Factors) -> tuple[Factors, FloatArray]:
+    """Return factors nearer to values, shape (n, m), by weighted least squares; `precision` is an inverse variance.
+
+    Also return the variance of each element of their product, shape (n, m); rows of L and of R are counted apart.
+    """
+    force, turned, left, right = precision * values, precision.T, factors.left, factors.right
     for _ in range(TURNS):
-        left = _rows(precision * values, precision, right)
-        right = _rows((precision * values).T, precision.T, left)
-    return Factors(left, right)
+        left = _solved(_systems(precision, right), force @ right)
+        beside = _systems(turned, left)
+        right = _solved(beside, force.T @ left)
+    of_left, of_right = _inverses(_systems(precision, right), right.shape[1]), _inverses(beside, right.shape[1])
+    return Factors(left, right), np.asarray(of_left.T @ _squares(right) + _squares(left).T @ of_right)
 
 
 def tangents(forces: Sequence[FloatArray], precision: FloatArray, at: Factors) -> list[tuple[FloatArray, FloatArray]]:
@@ -75,47 +80,51 @@ def tangents(forces: Sequence[FloatArray], precision: FloatArray, at: Factors) -
 
     The moves minimise sum(precision * move**2) / 2 - sum(force * move) with move = left' R' + L right'.
     """
-    inverses = _inverses(precision, at.right), _inverses(precision.T, at.left)
-    return [_tangent(force, precision, at, inverses) for force in forces]
+    systems = _systems(precision, at.right), _systems(precision.T, at.left)
+    return [_tangent(force, precision, at, systems) for force in forces]
 
 
 def _tangent(
-    force: FloatArray, precision: FloatArray, at: Factors, inverses: tuple[FloatArray, FloatArray]
+    force: FloatArray, precision: FloatArray, at: Factors, systems: tuple[FloatArray, FloatArray]
 ) -> tuple[FloatArray, FloatArray]:
     left, right = np.zeros_like(at.left), np.zeros_like(at.right)
     for _ in range(TANGENT_TURNS):
         rest = force - precision * (at.left @ right.T)
-        left = _solved(inverses[0], rest @ at.right)
+        left = _solved(systems[0], rest @ at.right)
         rest = force - precision * (left @ at.right.T)
-        right = _solved(inverses[1], rest.T @ at.left)
+        right = _solved(systems[1], rest.T @ at.left)
     return left, right
 
 
-def variance(precision: FloatArray, at: Factors) -> FloatArray:
-    """Return the variance of each element of the product, shape (n, m); rows of L and of R counted apart."""
-    of_left, of_right = _inverses(precision, at.right), _inverses(precision.T, at.left)
-    return np.asarray(_flat(of_left) @ _squares(at.right).T + _squares(at.left) @ _flat(of_right).T)
+def _systems(precision: FloatArray, other: FloatArray) -> FloatArray:
+    """Return for each row sum_j precision_j other_j other_j', decomposed, shape (r (r + 1) / 2, n)."""
+    from unmerge.evidence.low_rank_kernel import decompose
+
+    grams = np.ascontiguousarray(_squares(other) @ precision.T)
+    decompose(grams, other.shape[1], _RIDGE)
+    return grams
 
 
-def _rows(force: FloatArray, precision: FloatArray, other: FloatArray) -> FloatArray:
-    return _solved(_inverses(precision, other), force @ other)
+def _solved(systems: FloatArray, forces: FloatArray) -> FloatArray:
+    from unmerge.evidence.low_rank_kernel import solve
+
+    solutions = np.array(forces.T, order="C")
+    solve(systems, solutions)
+    return np.ascontiguousarray(solutions.T)
 
 
-def _solved(inverses: FloatArray, forces: FloatArray) -> FloatArray:
-    return np.asarray(np.matmul(inverses, forces[:, :, None])[:, :, 0])
+def _inverses(systems: FloatArray, rank: int) -> FloatArray:
+    """Return what the products of `_squares` are weighed with, shape (r (r + 1) / 2, n)."""
+    from unmerge.evidence.low_rank_kernel import invert
 
-
-def _inverses(precision: FloatArray, other: FloatArray) -> FloatArray:
-    """Return for each row the inverse of sum_j precision_j other_j other_j', shape (n, r, r)."""
-    rank = other.shape[1]
-    grams = (precision @ _squares(other)).reshape(-1, rank, rank)
-    ridge = _RIDGE * np.trace(grams, axis1=1, axis2=2) + 1e-30
-    return np.asarray(np.linalg.inv(grams + ridge[:, None, None] * np.eye(rank)))
+    inverses = systems.copy()
+    invert(inverses, rank)
+    rows, columns = np.tril_indices(rank)
+    return inverses * np.where(rows == columns, 1.0, 2.0)[:, None]
 
 
 def _squares(rows: FloatArray) -> FloatArray:
-    return np.asarray((rows[:, :, None] * rows[:, None, :]).reshape(len(rows), -1))
-
-
-def _flat(matrices: FloatArray) -> FloatArray:
-    return np.asarray(matrices.reshape(len(matrices), -1))
+    """Return the products of each row's elements with each other, shape (r (r + 1) / 2, n)."""
+    one, other = np.tril_indices(rows.shape[1])
+    columns = np.ascontiguousarray(rows.T)
+    return np.asarray(columns[one] * columns[other])
