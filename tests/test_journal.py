@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import Shelf
-from unmerge import accumulate, attribute
+from unmerge import accumulate, attribute, dictionary
 from unmerge.accumulate import Contact, Products, Unit, plan_units
 from unmerge.errors import StateError, UnmergeError
 from unmerge.journal import StateFolder, UnitJournal
@@ -146,3 +147,70 @@ def test_a_state_that_cannot_be_written_is_told(shelf: Shelf, tmp_path: Path) ->
     (tmp_path / "state").write_text("a file")
     with pytest.raises(StateError, match="cannot be written"):
         attribute(shelf.path("merge"), [shelf.path("add")], base=shelf.base, state=tmp_path / "state")
+
+
+def written_atoms(monkeypatch: pytest.MonkeyPatch, stop: int | None) -> list[str]:
+    """Note each atom that is written to a dictionary, and stop before one of them."""
+    written: list[str] = []
+    real = dictionary._write_atom
+
+    def watched(path: Path, atom: dictionary.Atom, *rest: Any, **options: Any) -> dict[str, Any]:
+        if len(written) == stop:
+            raise Stopped
+        written.append(atom.name)
+        return real(path, atom, *rest, **options)
+
+    monkeypatch.setattr(dictionary, "_write_atom", watched)
+    return written
+
+
+@pytest.mark.parametrize("verb", ["build", "add"])
+@pytest.mark.parametrize("place", ["in the pass", "while atoms are written"])
+def test_a_dictionary_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, place: str
+) -> None:
+    peace, known, state = (tmp_path / name for name in ("peace", "known", "state"))
+    names = ["add", "json", "xml", "whole"]
+    references = [*shelf.paths(*names[:3]), f"whole={shelf.path('full')}"]
+    run = getattr(dictionary, verb)
+    for folder in (peace, known) if verb == "add" else ():
+        dictionary.build(folder, shelf.paths("sub"), shelf.base)
+    run(peace, references, shelf.base)
+    with monkeypatch.context() as patch:
+        before = written_atoms(patch, stop=2)
+        if place == "in the pass":
+            stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            run(known, references, shelf.base, state=state)
+    assert before == ([] if place == "in the pass" else names[:2])
+    if verb == "build":
+        assert not known.exists()
+    else:
+        assert dictionary.verify(known) == []
+    for name in before[:1]:
+        # Spoilt by a power failure, say: it is written again.
+        os.truncate((state / "dictionary" if verb == "build" else known) / "sketch" / f"{name}.safetensors", 10)
+    with monkeypatch.context() as patch:
+        after = written_atoms(patch, stop=None)
+        run(known, references, shelf.base, state=state)
+    assert after == [name for name in names if name not in before[1:]]
+    assert contents(known) == contents(peace)
+    assert not state.exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_an_atom_that_changed_since_is_written_again(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(dictionary, "MANIFEST", "no/folder")
+        with pytest.raises(FileNotFoundError):
+            dictionary.build(tmp_path / "known", shelf.paths("add"), shelf.base, state=tmp_path / "state")
+    note = "\n"
+    configuration = shelf.folder / "add" / "adapter_config.json"
+    configuration.write_text(configuration.read_text() + note)
+    dictionary.build(tmp_path / "known", shelf.paths("add"), shelf.base, state=tmp_path / "state")
+    assert (tmp_path / "known" / "atoms" / "add" / configuration.name).read_text().endswith(note)

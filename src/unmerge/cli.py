@@ -45,6 +45,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Threads; all cores by default. Changes no result.")
 ]
+State = Annotated[
+    Path | None,
+    typer.Option("--state", help="A folder that keeps what was accumulated: a run that was stopped goes on from it."),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DICT", help="The dictionary's folder.")]
 
 
@@ -142,12 +146,7 @@ def attribute(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show coefficients by layer and by module.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            "--state", help="A folder that keeps what was accumulated: a run that was stopped goes on from it."
-        ),
-    ] = None,
+    state: State = None,
     backend: Annotated[
         str, typer.Option("--backend", help="Where the work is done: threads, dask or ray.")
     ] = "threads",
@@ -311,6 +310,7 @@ def dictionary_build(
     folder: Folder,
     atoms: Atoms,
     base: Base,
+    state: State = None,
     workers: Workers = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
@@ -318,7 +318,7 @@ def dictionary_build(
     """Build a dictionary of known fine-tunes of one base."""
     from unmerge import dictionary
 
-    _run(dictionary.build, folder, atoms, base, workers, allow_pickle, quiet)
+    _run(dictionary.build, folder, atoms, base, state, workers, allow_pickle, quiet)
     _show(dictionary.likeness(folder, dictionary.open_base(base, allow_pickle=allow_pickle)))
 
 
@@ -327,6 +327,7 @@ def dictionary_add(
     folder: Folder,
     atoms: Atoms,
     base: Base,
+    state: State = None,
     workers: Workers = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
@@ -334,7 +335,7 @@ def dictionary_add(
     """Add fine-tunes to a dictionary, computing only what is new."""
     from unmerge import dictionary
 
-    names = _run(dictionary.add, folder, atoms, base, workers, allow_pickle, quiet)
+    names = _run(dictionary.add, folder, atoms, base, state, workers, allow_pickle, quiet)
     _show(dictionary.likeness(folder, dictionary.open_base(base, allow_pickle=allow_pickle), names))
 
 
@@ -343,6 +344,7 @@ def _run(
     folder: Path,
     atoms: list[str],
     base: str,
+    state: Path | None,
     workers: int | None,
     allow_pickle: bool,
     quiet: bool,
@@ -353,7 +355,7 @@ def _run(
 
     with progress_bar(Console(stderr=True), enabled=not quiet) as start:
         threads = workers or os.cpu_count() or 1
-        return verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start)
+        return verb(folder, atoms, base, allow_pickle=allow_pickle, workers=threads, start=start, state=state)
 
 
 def _show(likeness: Likeness) -> None:

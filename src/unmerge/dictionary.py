@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmerge import fingerprint
-from unmerge.accumulate import Plan, accumulate, plan, total
+from unmerge.accumulate import Plan, State, accumulate, plan, total
 from unmerge.alignment import align
 from unmerge.checkpoint.adapter import Adapter, is_adapter, open_adapter
 from unmerge.checkpoint.dtypes import FloatArray
@@ -47,6 +47,7 @@ from unmerge.checkpoint.source import Source, resolve, split_name
 from unmerge.checkpoint.tensor import matrix_shape, values
 from unmerge.directions import directions, is_low_rank, told_apart
 from unmerge.errors import CheckpointError, DictionaryError, UnmergeError
+from unmerge.journal import StateFolder, atom_digest
 from unmerge.sketch import Layout, Sketch, Sketches, sketch, stack
 from unmerge.task_vector import Delta, LowRank, TaskVector, adapter_deltas, checkpoint_deltas
 
@@ -315,6 +316,7 @@ def combine(
     known: Dictionary | None = None,
     workers: int = 1,
     start: Start | None = None,
+    state: State | None = None,
 ) -> Dictionary:
     """Make a dictionary, computing only the inner products that `known` does not hold.
 
@@ -324,6 +326,8 @@ def combine(
         The new ones; they follow those of `known`.
     known : Dictionary, optional
         What was computed before.
+    state : State, optional
+        Where finished products are kept.
 
     Raises
     ------
@@ -339,7 +343,7 @@ def combine(
     shapes = {name: base.shapes.get(name, delta.shape) for item in vectors for name, delta in item.deltas.items()}
     work = plan(shapes, (*vectors, *old.vectors), workers=workers)
     advance = start(work) if start else None
-    found = accumulate(work, vectors, old.vectors, advance=advance)
+    found = accumulate(work, vectors, old.vectors, advance=advance, state=state)
     gram = {name: _pad(matrix, len(new)) for name, matrix in old.gram.items()}
     for name, units in found.items():
         gram[name] = join(old.gram.get(name), total(units).gram)
@@ -399,8 +403,15 @@ def build(
     allow_pickle: bool = False,
     workers: int = 1,
     start: Start | None = None,
+    state: Path | None = None,
 ) -> tuple[str, ...]:
     """Build a dictionary on disk.
+
+    Parameters
+    ----------
+    state : Path, optional
+        A folder that keeps what is finished; a run that was stopped goes on from it, to the same bits. What is in it
+        is deleted at the end.
 
     Returns
     -------
@@ -416,14 +427,21 @@ def build(
         raise DictionaryError(f"{path}: already exists; choose another folder, or add to it with `dictionary add`")
     base = open_base(base_reference, allow_pickle=allow_pickle)
     atoms = _open_new(references, base, PRODUCTS, allow_pickle=allow_pickle)
-    known = combine(base, atoms[:PRODUCTS], workers=workers, start=start)
+    kept = None if state is None else StateFolder(state)
+    known = combine(base, atoms[:PRODUCTS], workers=workers, start=start, state=kept)
     check_names([atom.name for atom in atoms])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(path) as folder:
-        _write(folder, base, [], atoms, known, {}, workers=workers)
+    with temporary_folder(path) as beside:
+        folder = kept.dictionary() if kept else beside
+        _write(folder, base, [], atoms, known, {}, workers=workers, state=kept)
+        if kept:
+            # The state may be on another disk.
+            folder = Path(shutil.move(folder, beside / path.name))
         if path.exists():
             path.rmdir()
         folder.rename(path)
+    if kept:
+        kept.clear()
     return tuple(atom.name for atom in atoms)
 
 
@@ -435,8 +453,11 @@ def add(
     allow_pickle: bool = False,
     workers: int = 1,
     start: Start | None = None,
+    state: Path | None = None,
 ) -> tuple[str, ...]:
     """Add atoms to a dictionary on disk; the others are read only while there is room for inner products.
+
+    `state` is that of `build`.
 
     Returns
     -------
@@ -454,10 +475,13 @@ def add(
     atoms = _open_new(references, base, room, allow_pickle=allow_pickle)
     check_names([*(entry["name"] for entry in entries), *(atom.name for atom in atoms)])
     opened = known = Dictionary((), {})
+    kept = None if state is None else StateFolder(state)
     if room > 0:
         opened = open_dictionary(path, base, allow_pickle=allow_pickle)
-        known = combine(base, atoms[:room], known=opened, workers=workers, start=start)
-    _write(path, base, entries, atoms, known, opened.shown, workers=workers)
+        known = combine(base, atoms[:room], known=opened, workers=workers, start=start, state=kept)
+    _write(path, base, entries, atoms, known, opened.shown, workers=workers, state=kept)
+    if kept:
+        kept.clear()
     return tuple(atom.name for atom in atoms)
 
 
@@ -478,20 +502,20 @@ def _write(
     shown: Mapping[str, FloatArray],
     *,
     workers: int,
+    state: StateFolder | None,
 ) -> None:
     """Write atoms after those of the entries, then the manifest, which makes them count.
 
     `known` has the products of those that were before, and of the new ones for which there is room; `shown` those of
     directions, of the former.
     """
-    layout = Layout.of(base.shapes)
     written = [
-        _write_atom(path, atom, layout, _row(known, len(entries) + position), workers=workers)
+        _written(path, base, atom, _row(known, len(entries) + position), workers=workers, state=state)
         for position, atom in enumerate(atoms)
     ]
     if len(known.atoms) > len(entries) and any(atom.kind == "checkpoint" for atom in known.atoms):
         new = [_with_directions(path, atom) for atom in known.atoms[len(entries) :]]
-        found = _shown(base, new, known, shown, workers=workers)
+        found = _shown(base, new, known, shown, workers=workers, state=state)
         for position, entry in enumerate(written[: len(new)], start=len(entries)):
             file = _shown_file(path, entry["name"])
             _save(file, {name: _both_ways(matrix, position) for name, matrix in found.items()})
@@ -519,7 +543,13 @@ def _row(known: Dictionary, position: int) -> dict[str, FloatArray] | None:
 
 
 def _shown(
-    base: Base, new: Sequence[Atom], known: Dictionary, before: Mapping[str, FloatArray], *, workers: int
+    base: Base,
+    new: Sequence[Atom],
+    known: Dictionary,
+    before: Mapping[str, FloatArray],
+    *,
+    workers: int,
+    state: State | None,
 ) -> dict[str, FloatArray]:
     """Return `Dictionary.shown` of all known atoms, the new ones last.
 
@@ -544,7 +574,7 @@ def _shown(
     every = list(vectors.values())
     changed = {name for vector in every[:rows] for name in vector.deltas}
     shapes = {name: base.shapes[name] for name in changed & base.shapes.keys()}
-    found = accumulate(plan(shapes, every, workers=workers), every[:rows], every[rows:])
+    found = accumulate(plan(shapes, every, workers=workers), every[:rows], every[rows:], state=state)
     shown = {}
     for name, gram in known.gram.items():
         shown[name] = np.zeros_like(gram)
@@ -565,6 +595,28 @@ def _leading(atom: Atom) -> TaskVector:
 def _both_ways(shown: FloatArray, position: int) -> FloatArray:
     """Return the part of `Dictionary.shown` that an atom brings: its row and its column, shape (2, position + 1)."""
     return np.stack([shown[position, : position + 1], shown[: position + 1, position]])
+
+
+def _written(
+    path: Path,
+    base: Base,
+    atom: Atom,
+    row: Mapping[str, FloatArray] | None,
+    *,
+    workers: int,
+    state: StateFolder | None,
+) -> dict[str, Any]:
+    """Write what is kept of an atom, if an earlier run has not, and return its entry."""
+    layout = Layout.of(base.shapes)
+    if state is None:
+        return _write_atom(path, atom, layout, row, workers=workers)
+    files = _adapter_files(atom.source.path) if atom.kind == "adapter" else []
+    digest = atom_digest(path, base.digest, atom.vector, row, files)
+    entry = state.written(digest)
+    if entry is None or any(_verify_entry(path, entry, base)):
+        entry = _write_atom(path, atom, layout, row, workers=workers)
+        state.keep(digest, entry)
+    return entry
 
 
 def _write_atom(
@@ -685,9 +737,12 @@ def _with_factors(vector: TaskVector, adapter: Adapter) -> TaskVector:
 def _copy_adapter(source: Path, destination: Path) -> None:
     shutil.rmtree(destination, ignore_errors=True)  # left by a run that was stopped before its manifest
     destination.mkdir(parents=True)
-    for file in sorted(source.glob("adapter_*")):
-        if file.suffix in {".json", ".safetensors", ".bin"}:
-            shutil.copyfile(file, destination / file.name)
+    for file in _adapter_files(source):
+        shutil.copyfile(file, destination / file.name)
+
+
+def _adapter_files(source: Path) -> list[Path]:
+    return [file for file in sorted(source.glob("adapter_*")) if file.suffix in {".json", ".safetensors", ".bin"}]
 
 
 def _entry(path: Path, atom: Atom, digest: str, *, has_row: bool) -> dict[str, Any]:

@@ -22,11 +22,11 @@ import numpy as np
 
 from unmerge._version import __version__
 from unmerge.accumulate import Contact, Plan, Products
-from unmerge.checkpoint.dtypes import DType
+from unmerge.checkpoint.dtypes import DType, FloatArray
 from unmerge.errors import StateError
 from unmerge.task_vector import TaskVector
 
-SUFFIX = ".journal"
+SUFFIX, WRITTEN = ".journal", ".written"
 _HEAD = struct.Struct("<Q16s")
 _CONTACT = ("rows", "columns", "cores", "along", "across", "corner")
 
@@ -67,10 +67,48 @@ class StateFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             return UnitJournal(file, _recover(file))
 
-    def clear(self) -> None:
-        """Delete the journals, which a run that is done does not need, and the folder if nothing else is in it."""
+    def dictionary(self) -> Path:
+        """Make the folder in which a dictionary is built until it is whole.
+
+        Raises
+        ------
+        StateError
+            If that is not possible.
+        """
+        folder = self.path / "dictionary"
+        with _told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def written(self, atom: str) -> dict[str, Any] | None:
+        """Return the entry of an atom, by its digest, that an earlier run had written to its dictionary."""
+        try:
+            entry: dict[str, Any] = json.loads(self._entry(atom).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # it is written anew
+            return None
+        return entry
+
+    def keep(self, atom: str, entry: Mapping[str, Any]) -> None:
+        """Note that an atom, by its digest, is written to the dictionary.
+
+        Raises
+        ------
+        StateError
+            If it cannot be noted.
+        """
         with _told(self.path):
-            for file in self._journals():
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / f"{atom}.tmp"
+            temporary.write_text(json.dumps(entry), encoding="utf-8")
+            temporary.replace(self._entry(atom))
+
+    def _entry(self, atom: str) -> Path:
+        return self.path / f"{atom}{WRITTEN}"
+
+    def clear(self) -> None:
+        """Delete what a run that is done does not need, and the folder if nothing else is in it."""
+        with _told(self.path):
+            for file in (*self._journals(), *self.path.glob(f"*{WRITTEN}"), *self.path.glob("*.tmp")):
                 file.unlink()
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
@@ -188,15 +226,38 @@ def pass_digest(work: Plan, new: Sequence[TaskVector], known: Sequence[TaskVecto
     names = {unit.name for unit in work.units}
     files: set[Path] = set()
     for vector in (*new, None, *known):
-        digest.update(f"{vector and vector.digest}\n".encode())
-        for name, delta in sorted(vector.deltas.items()) if vector else ():
-            if name in names:
-                digest.update(f"{name} ".encode())
-                _describe(delta, digest, files)
+        _describe_vector(vector, names, digest, files)
+    _describe_files(files, digest)
+    return digest.hexdigest()
+
+
+def atom_digest(
+    folder: Path, base: str, vector: TaskVector, row: Mapping[str, FloatArray] | None, more: Collection[Path]
+) -> str:
+    """Return a hex digest of all that a dictionary's folder keeps of an atom: its row of products, and more files.
+
+    `base` is the base's own digest.
+    """
+    digest = hashlib.sha256(f"{__version__} {np.__version__} {folder.absolute()} {base} {vector.name}\n".encode())
+    files = {file.absolute() for file in more}
+    _describe_vector(vector, vector.deltas, digest, files)
+    _describe(tuple((row or {}).items()), digest, files)
+    _describe_files(files, digest)
+    return digest.hexdigest()
+
+
+def _describe_vector(vector: TaskVector | None, names: Collection[str], digest: Any, files: set[Path]) -> None:
+    digest.update(f"{vector and vector.digest}\n".encode())
+    for name, delta in sorted(vector.deltas.items()) if vector else ():
+        if name in names:
+            digest.update(f"{name} ".encode())
+            _describe(delta, digest, files)
+
+
+def _describe_files(files: Collection[Path], digest: Any) -> None:
     for file in sorted(files):
         found = file.stat() if file.exists() else None  # weights on the Hub have no file; their commit is in the path
         digest.update(f"{file} {found and (found.st_size, found.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
 
 
 def _describe(value: Any, digest: Any, files: set[Path]) -> None:
