@@ -66,8 +66,8 @@ that an interval reaches. Of 100 true weights 95 are no farther, counted on merg
 benchmark's."""
 LOOKS = 25
 """How many points each search looks at for each weight."""
-RESOLVED = 1e-6
-"""No top is known better: the last steps are ten times as large."""
+RESOLVED = 9e-6
+"""No top is known better: the last steps are about as large."""
 AGAIN, SETTLED = 4, 2
 """How often the last search is begun at most, and how often the stranger is improved before."""
 SEARCHES = 2
