@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray, RawArray
-from unmerge.checkpoint.tensor import Tensor, matrix_shape, read_rows
+from unmerge.checkpoint.tensor import Tensor, borrowed, matrix_shape
 from unmerge.fused import subtract_bf16
 from unmerge.task_vector import Delta, Difference, LowRank
 
@@ -119,21 +119,15 @@ def step(rows: int, columns: int) -> int:
 def read_blocks(
     changes: Mapping[int, Difference], start: int, stop: int, columns: int
 ) -> Iterator[tuple[int, int, dict[int, RawArray]]]:
-    """Yield ranges of rows, with the stored bits in them of each tensor, flat, by its id; reads one range ahead.
-
-    The bits are written over when the range after the next one is asked for.
-    """
+    """Yield ranges of rows, with the stored bits in them of each tensor, flat, by its id; reads one range ahead."""
     from concurrent.futures import ThreadPoolExecutor
 
     size = step(stop - start, columns)
     ranges = [(first, min(stop, first + size)) for first in range(start, stop, size)]
     tensors = {id(tensor): tensor for delta in changes.values() for tensor in (delta.tuned, delta.base)}
-    most = max(stop - start for start, stop in ranges) * columns
-    slots = [{key: np.empty(most, tensor.dtype.raw) for key, tensor in tensors.items()} for _ in range(SLOTS)]
 
     def read(number: int) -> dict[int, RawArray]:
-        buffers = slots[number % SLOTS]
-        return {key: _read(tensor, *ranges[number], buffers[key]) for key, tensor in tensors.items()}
+        return {key: _read(tensor, *ranges[number]) for key, tensor in tensors.items()}
 
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read, 0)
@@ -144,9 +138,9 @@ def read_blocks(
             yield *rows, stored
 
 
-def _read(tensor: Tensor, start: int, stop: int, out: RawArray) -> RawArray:
+def _read(tensor: Tensor, start: int, stop: int) -> RawArray:
     last = max(start, min(stop, matrix_shape(tensor.shape)[0]))
-    return read_rows(tensor, start, last, out).reshape(-1)
+    return borrowed(tensor, start, last).reshape(-1)
 
 
 def _subtract(
@@ -301,17 +295,12 @@ def meet(block: Block, change: int, stack: Stack, first: int) -> Meeting:
 
 
 def _widen(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:
-    if tensor.dtype.raw == out.dtype and out.flags.c_contiguous:
-        found = read_rows(tensor, start, stop, out.reshape(-1))
-        if not np.shares_memory(found, out):
-            np.copyto(out, found)
-    else:
-        tensor.dtype.widen_into(tensor.read(start, stop), out)
+    tensor.dtype.widen_into(borrowed(tensor, start, stop), out)
 
 
 def _widen_transposed(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:
     """Write columns `start` to `stop` of a stored tensor as rows."""
-    raw = tensor.read(0, matrix_shape(tensor.shape)[0])
+    raw = borrowed(tensor, 0, matrix_shape(tensor.shape)[0])
     wide = np.empty(raw.shape, np.float32)
     tensor.dtype.widen_into(raw, wide)
     np.copyto(out, wide[:, start:stop].T)

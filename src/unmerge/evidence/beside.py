@@ -60,13 +60,13 @@ APART = 0.003
 """Distance from which weights are others."""
 STEPS, NEARER, FINE = (0.02, 0.001), (0.005, 0.001), (0.001, 1e-5)
 """First and last steps of three searches for the weights."""
-AS_LIKELY, MOVES = 0.01, 2.0
+AS_LIKELY, MOVES = 0.02, 2.0
 """Part of the likelihood's logarithm that is lacking where weights are about as likely, and multiple of the last move
-that an interval reaches. Of 100 true weights 95 are no farther, counted on merges of another seed than the
+that an interval reaches. Of 100 true weights 95 are no farther, counted mostly on merges of another seed than the
 benchmark's."""
 LOOKS = 25
 """How many points each search looks at for each weight."""
-RESOLVED = 9e-6
+RESOLVED = 8e-6
 """No top is known better: the last steps are about as large."""
 AGAIN, SETTLED = 4, 2
 """How often the last search is begun at most, and how often the stranger is improved before."""
