@@ -23,6 +23,7 @@ ROOMS = [
     {"float32"},
     {"directions"},
     {"torch_blocks"},
+    {"parallel"},
     {"accumulate"},
     {"journal", "cluster"},
     {"statistics"},

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from unmerge import float32
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.errors import TargetError
+from unmerge.parallel import finished
 from unmerge.task_vector import BLOCK_ELEMENTS, Delta, Difference, LowRank, TaskVector, blocks
 from unmerge.torch_blocks import TorchKernel
 
@@ -414,7 +415,7 @@ def _computed(
     with threadpool_limits(limits=1, user_api="blas"):
         # One unit at a time: batches would leave a thread waiting for the last one.
         parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator_unordered", batch_size=1)
-        yield from parallel(delayed(run)(task(place)) for place in places)
+        yield from finished(parallel(delayed(run)(task(place)) for place in places))
 
 
 def _in_tensor(vectors: Sequence[TaskVector], unit: Unit) -> list[TaskVector]:

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmerge.errors import RecipeError
+from unmerge.parallel import finished
 
 Words = NDArray[np.uint32]
 Screen = Callable[[Words], Words]
@@ -233,7 +234,7 @@ def _test(seen: _Observations, first: int, count: int, workers: int) -> Iterator
     block = min(BLOCK, -(-count // workers))
     starts = range(first, first + count, block)
     parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator")
-    yield from parallel(delayed(test)(start, min(block, first + count - start)) for start in starts)
+    yield from finished(parallel(delayed(test)(start, min(block, first + count - start)) for start in starts))
 
 
 def _agreeing(seen: _Observations) -> Screen:
