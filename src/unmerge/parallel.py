@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from itertools import chain
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
 
-def finished(results: Generator[Result, None, None]) -> Iterator[Result]:
+def finished(results: Generator[Result, None, None]) -> Generator[Result, None, None]:
     """Yield what a `joblib.Parallel` that returns a generator yields.
 
     Whoever stops early does not want what was computed ahead; joblib would warn that it is lost.

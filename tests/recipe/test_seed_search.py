@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,19 +234,6 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert path.read_bytes() == whole.read_bytes()
     assert sorted(tmp_path.iterdir()) == [path, whole]
     assert search(*planted(), **how, state=path) == expected
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.filterwarnings("error")
-def test_a_search_that_is_stopped_drops_what_was_tested_ahead_without_a_word() -> None:
-    def slow(tested: int, _: int) -> None:
-        if tested:
-            time.sleep(0.2)  # meanwhile the next blocks are tested
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        search(*planted(), count=2**14, tolerated=0.1, progress=slow, workers=2)
-    gc.collect()
 
 
 @pytest.mark.usefixtures("small_blocks")
