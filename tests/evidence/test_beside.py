@@ -113,7 +113,7 @@ def test_do_not_depend_on_the_number_of_threads() -> None:
     assert one is not None
     assert two is not None
     assert one.weights.tobytes() == two.weights.tobytes()
-    assert one.reach == two.reach
+    assert one.reach.tobytes() == two.reach.tobytes()
 
 
 def test_do_not_depend_on_the_first_estimate() -> None:
