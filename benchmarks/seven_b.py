@@ -241,6 +241,7 @@ def _write_file(file: Path, tensors: Mapping[str, NDArray[np.generic]], dtype: s
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors aligns its files
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)

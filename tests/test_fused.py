@@ -12,30 +12,39 @@ from unmerge.testing import encode
 BF16 = DTYPES["BF16"]
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 1024, 1025, 70_001])
-def test_equals_numpy(count: int) -> None:
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (1, 7), (7, 1024), (3, 1025), (1, 70_001), (70, 257)])
+def test_equals_numpy(shape: tuple[int, int]) -> None:
+    count = shape[0] * shape[1]
     generator = np.random.default_rng(count)
     base = encode(0.02 * generator.standard_normal(count), "BF16")
     tuned = encode(BF16.widen(base) + 1e-3 * generator.standard_normal(count), "BF16")
-    out = np.full(count, np.nan, np.float32)
-    energy, grid = subtract_bf16(tuned, base, out)
+    out = np.full(shape, np.nan, np.float32)
+    columns = np.sort(generator.permutation(shape[1])[:5])
+    taken = np.full((shape[0], len(columns)), np.nan, np.float32)
+    energy, grid = subtract_bf16(tuned, base, out, columns, taken)
     exact = BF16.widen(tuned) - BF16.widen(base)
-    np.testing.assert_array_equal(out, exact.astype(np.float32))
-    assert energy == pytest.approx(float(out.astype(np.float64) @ out.astype(np.float64)), rel=1e-13)
+    np.testing.assert_array_equal(out, exact.astype(np.float32).reshape(shape))
+    np.testing.assert_array_equal(taken, out[:, columns])
+    assert energy == pytest.approx(float(np.sum(out.astype(np.float64) ** 2)), rel=1e-13)
     assert BF16.rounding_of_grid(grid) == pytest.approx(BF16.rounding_energy(tuned), rel=1e-5)
 
 
 def test_every_bit_pattern_is_widened_as_elsewhere() -> None:
     bits = np.arange(2**16, dtype="<u2")
-    out = np.empty(2**16, np.float32)
+    out = np.empty((1, 2**16), np.float32)
     energy, _ = subtract_bf16(bits, np.zeros_like(bits), out)
-    np.testing.assert_array_equal(out, BF16.widen(bits).astype(np.float32))
+    np.testing.assert_array_equal(out[0], BF16.widen(bits).astype(np.float32))
     assert np.isnan(energy)
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
     bits = np.zeros(8, "<u2")
     with pytest.raises(ValueError, match=r"arrays of \[7, 8\] elements: expected contiguous ones of one size"):
-        subtract_bf16(bits, bits, np.empty(7, np.float32))
+        subtract_bf16(bits, bits, np.empty((1, 7), np.float32))
     with pytest.raises(ValueError, match="expected contiguous ones"):
-        subtract_bf16(bits, np.zeros(16, "<u2")[::2], np.empty(8, np.float32))
+        subtract_bf16(bits, np.zeros(16, "<u2")[::2], np.empty((2, 4), np.float32))
+    out, taken = np.empty((2, 4), np.float32), np.empty((2, 1), np.float32)
+    with pytest.raises(ValueError, match=r"columns 4 to 4 to take: expected some of 4"):
+        subtract_bf16(bits, bits, out, np.array([4]), taken)
+    with pytest.raises(ValueError, match=r"\(2, 1\) for columns to take: expected a contiguous array of \(2, 2\)"):
+        subtract_bf16(bits, bits, out, np.array([0, 1]), taken)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -376,7 +378,8 @@ def accumulate(
     for place in finished:
         if advance is not None:
             advance(work.units[place].count)
-    missing = (place for place in range(len(work.units)) if place not in finished)
+    # The largest first: at the end one worker waits for another, but for a small one.
+    missing = sorted(set(range(len(work.units))) - finished.keys(), key=lambda place: (-work.units[place].count, place))
     for place, products in _computed(work, missing, new, known, contacts or {}):
         finished[place] = products
         if journal is not None:
@@ -401,13 +404,12 @@ def _computed(
     from joblib.parallel import get_active_backend
     from threadpoolctl import threadpool_limits
 
-    kept = {name: lines(name, shape) for name, shape in contacts.items()}
-
     def task(place: int) -> _Task:
         unit = work.units[place]
         elements = 0 if work.float64 else work.sizes[unit.name]
         here = _in_tensor(new, unit), _in_tensor(known, unit)
-        return _Task(place, unit, *here, kept.get(unit.name), elements, work.device)
+        kept = lines(unit.name, contacts[unit.name]) if unit.name in contacts else None
+        return _Task(place, unit, *here, kept, elements, work.device)
 
     here = getattr(get_active_backend(prefer="threads")[0], "supports_sharedmem", False)
     run = _Task.run if here else _Task.run_elsewhere
@@ -489,33 +491,38 @@ def _float32_products(
     sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
     if any(i < len(new) for i in low):
         sums.add_low_rank({i: _Factors.read(delta, unit) for i, delta in low.items()})
-    contact: Contact | None = None
+    parts: list[Contact] = []
+    target = len(new) - 1
     if dense and any(i < len(new) for i in (*dense, *low)):
-        stack = float32.Stack.read(low, unit.start, unit.stop, unit.columns) if low else None
         ranks = tuple((vectors[i].digest, delta.rank) for i, delta in low.items())
         pairs = [(i, j) for i in dense for j in dense if j <= i and sums.wanted(i, j)]
-        for block in kernel.blocks(dense, unit.start, unit.stop, unit.columns, pairs):
-            sums.add_block(block)
-            for i in dense:
-                if stack is None or not any(sums.wanted(i, j) for j in low):
-                    continue
-                with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told below
-                    met = kernel.meet(block, i, stack, unit.start)
-                    sums.add_met(i, met)
-                    if kept is not None and i == len(new) - 1:
-                        part = _float32_contact(met, ranks, kept)
-                        contact = part if contact is None else contact + part
+        meeting = [i for i in dense if any(sums.wanted(i, j) for j in low)]
+        size = sum(rank for _, rank in ranks) * (unit.stop - unit.start + unit.columns)
+        with float32.lent("factors", size) as memory:
+            stack = float32.Stack.read(low, unit.start, unit.stop, unit.columns, memory)
+            apart = float32.Kept(target, kept[1]) if kept is not None and target in meeting else float32.NOTHING
+            for block in kernel.blocks(dense, unit.start, unit.stop, unit.columns, pairs, apart):
+                sums.add_block(block)
+                for i in meeting:
+                    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told below
+                        met = kernel.meet(block, i, stack, unit.start)
+                        sums.add_met(i, met)
+                        if kept is not None and i == target:
+                            parts.append(_float32_contact(met, block.kept, ranks, kept))
     _check_finite(sums.gram, unit, new)
-    return Products(sums.gram[: len(new)], sums.rounding, unit.count, contact)
+    return Products(sums.gram[: len(new)], sums.rounding, unit.count, reduce(add, parts) if parts else None)
 
 
 def _float32_contact(
-    met: float32.Meeting, ranks: tuple[tuple[str, int], ...], kept: tuple[NDArray[np.intp], NDArray[np.intp]]
+    met: float32.Meeting,
+    values: NDArray[np.float32],
+    ranks: tuple[tuple[str, int], ...],
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]],
 ) -> Contact:
+    """Return the contact of the rows of one block; `values` are its kept columns."""
     rows, columns = kept
     inside = rows[(rows >= met.start) & (rows < met.start + len(met.left))]
     taken = inside - met.start
-    values = met.columns(columns)
     return Contact(
         ranks,
         inside,

@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -73,7 +74,7 @@ Start = Callable[[Plan], Callable[[int], None]]
 """Told the plan before work starts; returns what is called as units finish (progress bars)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Base:
     """The base model: where it was found, its tensors and its fingerprint."""
 
@@ -81,8 +82,8 @@ class Base:
     checkpoint: Checkpoint
     digest: str
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
         """The (rows, columns) of each tensor."""
         return {name: matrix_shape(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
 

@@ -8,7 +8,9 @@ equal to those in float64 within 1e-8 of the norms that bound them. Small tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +31,8 @@ BLOCK_ELEMENTS = 1 << 22
 packing; with half as many a pass takes some hundredths longer."""
 CHUNK = 1 << 15
 """Elements that other types than BF16 are widened and subtracted by: a few such arrays fit a core's cache."""
+MOST_KEPT = 1 << 24
+"""Elements of memory that is kept for the next unit of work at most (64 MiB)."""
 SLOTS = 2
 """Blocks of stored bits that are held: one being worked on, one being read."""
 
@@ -64,12 +68,26 @@ class Block:
         Inner products of two changes, the first not before the second.
     rounding : dict of int to float
         Energy that storage rounding of the tuned tensors accounts for.
+    kept : array of float32, shape (rows, c)
+        One change in the columns that were to be kept.
     """
 
     start: int
     values: Mapping[int, FloatArray32]
     products: Mapping[tuple[int, int], float]
     rounding: Mapping[int, float]
+    kept: FloatArray32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The columns of one change that blocks keep."""
+
+    change: int
+    columns: NDArray[np.intp]
+
+
+NOTHING = Kept(-1, np.empty(0, np.intp))
 
 
 class Kernel(Protocol):
@@ -82,6 +100,7 @@ class Kernel(Protocol):
         stop: int,
         columns: int,
         pairs: Sequence[tuple[int, int]],
+        kept: Kept = NOTHING,
     ) -> Iterator[Block]:
         """Yield the changes in rows `start` to `stop`, a block at a time."""
         ...
@@ -92,7 +111,12 @@ class Kernel(Protocol):
 
 
 def blocks(
-    changes: Mapping[int, Difference], start: int, stop: int, columns: int, pairs: Sequence[tuple[int, int]]
+    changes: Mapping[int, Difference],
+    start: int,
+    stop: int,
+    columns: int,
+    pairs: Sequence[tuple[int, int]],
+    kept: Kept = NOTHING,
 ) -> Iterator[Block]:
     """Yield the changes in rows `start` to `stop`, a block at a time; the next one is read meanwhile.
 
@@ -102,12 +126,36 @@ def blocks(
         By any numbers. Rows that one does not have are zero.
     pairs : sequence of (int, int)
         The changes whose inner products are wanted; the first is not before the second.
+    kept : Kept
+        The columns that are wanted apart.
     """
-    values = {i: np.empty((step(stop - start, columns), columns), np.float32) for i in changes}
+    most = step(stop - start, columns)
     scratch = np.empty((2, CHUNK), np.float32)
-    for first, last, stored in read_blocks(changes, start, stop, columns):
-        rows = {i: array[: last - first] for i, array in values.items()}
-        yield _subtract(changes, first, stored, rows, pairs, scratch)
+    with lent("blocks", len(changes) * most * columns) as memory:
+        values = dict(zip(changes, memory.reshape(len(changes), most, columns), strict=True))
+        for first, last, stored in read_blocks(changes, start, stop, columns):
+            rows = {i: array[: last - first] for i, array in values.items()}
+            yield _subtract(changes, first, stored, rows, pairs, scratch, kept)
+
+
+_SPARE = threading.local()
+
+
+@contextmanager
+def lent(use: str, size: int) -> Iterator[FloatArray32]:
+    """Lend so many float32 values of memory, which this thread keeps for the next of the same use.
+
+    The system zeroes new memory and maps it page by page, in some hundredths of the time of a pass.
+    """
+    kept: dict[str, FloatArray32] = _SPARE.__dict__
+    memory = kept.pop(use, None)  # who asks for the same meanwhile gets other memory
+    if memory is None or len(memory) < size:
+        memory = np.empty(size, np.float32)
+    try:
+        yield memory[:size]
+    finally:
+        if len(memory) <= MOST_KEPT:
+            kept[use] = memory
 
 
 def step(rows: int, columns: int) -> int:
@@ -129,13 +177,13 @@ def read_blocks(
     def read(number: int) -> dict[int, RawArray]:
         return {key: _read(tensor, *ranges[number]) for key, tensor in tensors.items()}
 
-    with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(read, 0)
-        for number, rows in enumerate(ranges):
-            stored = pending.result()
-            if number + 1 < len(ranges):
-                pending = reader.submit(read, number + 1)
+    with ThreadPoolExecutor(1) as reader:  # its thread begins with the second range, if there is one
+        stored = read(0)
+        for number, rows in enumerate(ranges[:-1]):
+            pending = reader.submit(read, number + 1)
             yield *rows, stored
+            stored = pending.result()
+        yield *ranges[-1], stored
 
 
 def _read(tensor: Tensor, start: int, stop: int) -> RawArray:
@@ -150,39 +198,52 @@ def _subtract(
     values: Mapping[int, FloatArray32],
     pairs: Sequence[tuple[int, int]],
     scratch: FloatArray32,
+    kept: Kept,
 ) -> Block:
     products = dict.fromkeys(pairs, 0.0)
     rounding = {}
-    flat = {i: array.reshape(-1) for i, array in values.items()}
+    taken = np.zeros((len(next(iter(values.values()))), len(kept.columns)), np.float32)
     for i, delta in changes.items():
         tuned, base = stored[id(delta.tuned)], stored[id(delta.base)]
-        size = min(len(tuned), len(base))  # rows that only one of them has count as unchanged
-        flat[i][size:] = 0.0
-        energy, rounding[i] = _difference(delta, tuned[:size], base[:size], flat[i][:size], scratch)
+        size = min(len(tuned), len(base))
+        rows = size // values[i].shape[1]
+        values[i][rows:] = 0.0  # rows that only one of them has count as unchanged
+        columns, into = (kept.columns, taken) if i == kept.change else (NOTHING.columns, taken[:, :0])
+        energy, rounding[i] = _difference(
+            delta, tuned[:size], base[:size], values[i][:rows], scratch, columns, into[:rows]
+        )
         if (i, i) in products:
             products[i, i] = energy
+    flat = {i: array.reshape(-1) for i, array in values.items()}
     products |= _products(flat, [(i, j) for i, j in pairs if i != j])
-    return Block(start, values, products, rounding)
+    return Block(start, values, products, rounding, taken)
 
 
 def _difference(
-    delta: Difference, tuned: RawArray, base: RawArray, out: FloatArray32, scratch: FloatArray32
+    delta: Difference,
+    tuned: RawArray,
+    base: RawArray,
+    out: FloatArray32,
+    scratch: FloatArray32,
+    columns: NDArray[np.intp],
+    taken: FloatArray32,
 ) -> tuple[float, float]:
-    """Write the difference of stored bits; return its energy and that of rounding."""
+    """Write the difference of stored bits, and its columns; return its energy and that of rounding."""
     kinds = delta.tuned.dtype, delta.base.dtype
     if all(kind.name == "BF16" for kind in kinds):
-        energy, grid = subtract_bf16(np.ascontiguousarray(tuned), np.ascontiguousarray(base), out)
+        energy, grid = subtract_bf16(np.ascontiguousarray(tuned), np.ascontiguousarray(base), out, columns, taken)
         return energy, kinds[0].rounding_of_grid(grid)
-    rounding = 0.0
-    for low in range(0, len(out), CHUNK):
-        rows = slice(low, low + CHUNK)
-        wide, other = scratch[:, : len(out[rows])]
-        kinds[0].widen_into(tuned[rows], wide)
-        kinds[1].widen_into(base[rows], other)
+    rounding, flat = 0.0, out.reshape(-1)
+    for low in range(0, len(flat), CHUNK):
+        part = slice(low, low + CHUNK)
+        wide, other = scratch[:, : len(flat[part])]
+        kinds[0].widen_into(tuned[part], wide)
+        kinds[1].widen_into(base[part], other)
         with np.errstate(invalid="ignore"):  # Inf minus Inf; who reads the products says where it is
-            np.subtract(wide, other, out=out[rows])
-        rounding += kinds[0].rounding_energy(tuned[rows])
-    return _products({0: out}, [(0, 0)])[0, 0], rounding
+            np.subtract(wide, other, out=flat[part])
+        rounding += kinds[0].rounding_energy(tuned[part])
+    np.take(out, columns, axis=1, out=taken, mode="clip")
+    return _products({0: flat}, [(0, 0)])[0, 0], rounding
 
 
 def _products(arrays: Mapping[int, FloatArray32], pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
@@ -260,15 +321,12 @@ class Meeting:
         Its left factors in these rows.
     projected : array of float32, shape (rows, r)
         V R'.
-    columns : callable
-        Returns V in some columns, as float32.
     """
 
     start: int
     stack: Stack
     left: FloatArray32
     projected: FloatArray32
-    columns: Callable[[NDArray[np.intp]], FloatArray32]
 
     def products(self) -> dict[int, float]:
         """Return the inner product of V with each change: <L_j R_j, V> = <L_j, V R_j'>."""
@@ -289,9 +347,7 @@ def meet(block: Block, change: int, stack: Stack, first: int) -> Meeting:
     """Project a block of one change on the right factors of a stack whose first row is `first`: the one large GEMM."""
     values = block.values[change]
     left = stack.left[block.start - first : block.start - first + len(values)]
-    return Meeting(
-        block.start, stack, left, values @ stack.right.T, lambda columns: values.take(columns, axis=1, mode="clip")
-    )
+    return Meeting(block.start, stack, left, values @ stack.right.T)
 
 
 def _widen(tensor: Tensor, start: int, stop: int, out: FloatArray32) -> None:

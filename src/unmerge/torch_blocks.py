@@ -17,12 +17,13 @@ import numpy as np
 
 from unmerge.checkpoint.dtypes import DType, RawArray
 from unmerge.errors import MissingExtraError, UnmergeError
-from unmerge.float32 import Block, Meeting, Stack, read_blocks
+from unmerge.float32 import NOTHING, Block, Kept, Meeting, Stack, read_blocks
 from unmerge.task_vector import Difference
 
 _DEVICE = re.compile(r"(cpu|mps|cuda(:\d+)?)$")
 _EXPONENT = 0x7F800000
 """The bits of a float32 that are the power of two below its magnitude."""
+_EMPTY = np.empty((0, 0), np.float32)
 _STORED_AS = {"BF16": ("<i2", "bfloat16"), "F16": ("<i2", "float16"), "F32": ("<f4", "float32")}
 """What stored bits are given to torch as, and which of its types they are."""
 
@@ -76,6 +77,7 @@ class TorchKernel:
         stop: int,
         columns: int,
         pairs: Sequence[tuple[int, int]],
+        kept: Kept = NOTHING,
     ) -> Iterator[Block]:
         """Yield the changes in rows `start` to `stop`, a block at a time, with values on the device; see `float32`."""
         for first, last, stored in read_blocks(changes, start, stop, columns):
@@ -83,7 +85,8 @@ class TorchKernel:
             for i, delta in changes.items():
                 values[i], rounding[i] = self._subtract(delta, stored, last - first, columns)
             products = {(i, j): self._product(values[i], values[j]) for i, j in pairs}
-            yield Block(first, values, products, rounding)
+            held = values[kept.change][:, self._moved(kept.columns)].cpu().numpy() if kept is not NOTHING else _EMPTY
+            yield Block(first, values, products, rounding, held)
 
     def meet(self, block: Block, change: int, stack: Stack, first: int) -> Meeting:
         """Project a block on the right factors of a stack, which stays on the device; see `float32`."""
@@ -92,13 +95,7 @@ class TorchKernel:
             self._rights[id(stack)] = self._moved(stack.right).T
         left = stack.left[block.start - first : block.start - first + len(values)]
         projected = (values @ self._rights[id(stack)]).cpu().numpy()
-        return Meeting(
-            block.start,
-            stack,
-            left,
-            projected,
-            lambda columns: values[:, self._moved(columns)].cpu().numpy(),
-        )
+        return Meeting(block.start, stack, left, projected)
 
     def _moved(self, array: np.ndarray[Any, Any]) -> Any:
         import torch

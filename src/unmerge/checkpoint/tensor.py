@@ -20,6 +20,8 @@ from unmerge.errors import CheckpointError
 
 _LINE = 64
 """Bytes of a cache line. The system copies to memory that begins within one five times as slowly on some processors."""
+LEAST_MAPPED = 1 << 22
+"""Bytes that are mapped at least: mapping and unmapping some hundred kilobytes takes longer than copying them."""
 _CUT = "the file ended too early; it was changed or cut while it was being read"
 
 
@@ -97,10 +99,13 @@ def _runs(rows: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
 def borrowed(tensor: Tensor, start: int, stop: int) -> RawArray:
     """Return the stored bits of rows as `Tensor.read` does, but read-only, and to be let go soon.
 
-    Those of files are mapped: where the system has them already, that takes nothing, and a copy as long as a third of
-    the GEMM. But each mapping holds a descriptor, and if the file is cut meanwhile, the process dies.
+    Many of a file are mapped: where the system has them already, no memory is taken, and nothing copied. But each
+    mapping holds a descriptor, and if the file is cut meanwhile, the process dies. A few are copied sooner than mapped.
     """
-    return tensor.mapped(start, stop) if isinstance(tensor, FileTensor) else tensor.read(start, stop)
+    size = (stop - start) * matrix_shape(tensor.shape)[1] * tensor.dtype.itemsize
+    if isinstance(tensor, FileTensor) and size >= LEAST_MAPPED:
+        return tensor.mapped(start, stop)
+    return tensor.read(start, stop)
 
 
 @dataclass(frozen=True, slots=True)
