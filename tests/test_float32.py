@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from unmerge import accumulate, float32
 from unmerge.attribution import open_target
+from unmerge.checkpoint import tensor
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.dictionary import Atom, Dictionary, combine, open_atom, open_base
 from unmerge.errors import TargetError
@@ -67,6 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float32, "LEAST_ELEMENTS", 1000)
     monkeypatch.setattr(float32, "BLOCK_ELEMENTS", 3_000)  # several blocks a tensor, the last one smaller
+    monkeypatch.setattr(tensor, "LEAST_MAPPED", 2_000)
 
 
 def assert_close(found: Regression, exact: Regression, tolerance: float) -> None:
@@ -102,6 +106,22 @@ def test_statistics_and_contacts_equal_those_in_float64(world: World, target: st
             (contact.corner, other.corner),
         ):
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+def test_memory_is_lent_again_but_never_twice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float32, "_SPARE", threading.local())
+    with float32.lent("a", 10) as first, float32.lent("a", 10) as beside, float32.lent("b", 10) as other:
+        assert not any(np.shares_memory(one, two) for one, two in combinations((first, beside, other), 2))
+    with float32.lent("a", 5) as again:
+        assert len(again) == 5
+        assert np.shares_memory(again, first)
+    with pytest.raises(KeyError), float32.lent("a", 20):
+        raise KeyError
+    monkeypatch.setattr(float32, "MOST_KEPT", 30)
+    with float32.lent("a", 31) as large:
+        pass
+    with float32.lent("a", 31) as next_:
+        assert not np.shares_memory(large, next_)
 
 
 def test_float32_is_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unmerge.checkpoint.reader import INDEX, open_checkpoint
-from unmerge.checkpoint.tensor import values
+from unmerge.checkpoint.tensor import borrowed, matrix_shape, values
 from unmerge.errors import CheckpointError
 from unmerge.testing import quantise, tiny_model, write_checkpoint, write_safetensors
 
@@ -26,6 +26,21 @@ def test_values_are_exact_in_every_layout(tmp_path: Path, dtype: str, shards: in
     assert checkpoint.parameters == sum(value.size for value in MODEL.values())
     for name, tensor in checkpoint.tensors.items():
         np.testing.assert_array_equal(values(tensor).reshape(tensor.shape), quantise(MODEL[name], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_rows_that_are_borrowed_are_those_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", MODEL, dtype))
+    for least, is_mapped in ((1, True), (1 << 22, False)):
+        monkeypatch.setattr("unmerge.checkpoint.tensor.LEAST_MAPPED", least)
+        for tensor in checkpoint.tensors.values():
+            rows = matrix_shape(tensor.shape)[0]
+            for start, stop in ((0, rows), (rows // 3, rows), (rows // 2, rows // 2)):
+                found = borrowed(tensor, start, stop)
+                np.testing.assert_array_equal(found, tensor.read(start, stop))
+                assert found.flags.writeable == (not is_mapped or start == stop)
 
 
 def test_one_file_is_a_model(tmp_path: Path) -> None:
