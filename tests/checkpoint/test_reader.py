@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unmerge.checkpoint.reader import INDEX, open_checkpoint
-from unmerge.checkpoint.tensor import borrowed, matrix_shape, values
+from unmerge.checkpoint.tensor import borrowed, in_memory, matrix_shape, read_together, values
 from unmerge.errors import CheckpointError
 from unmerge.testing import quantise, tiny_model, write_checkpoint, write_safetensors
 
@@ -41,6 +41,28 @@ def test_rows_that_are_borrowed_are_those_that_are_read(
                 found = borrowed(tensor, start, stop)
                 np.testing.assert_array_equal(found, tensor.read(start, stop))
                 assert found.flags.writeable == (not is_mapped or start == stop)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tensors_that_are_read_together_are_those_that_are_read(tmp_path: Path, shards: int) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", MODEL, shards=shards))
+    for step in (1, 2):  # side by side, and with gaps
+        tensors = list(checkpoint.tensors.values())[::step]
+        found = read_together([*tensors, in_memory(tensors[0])])
+        assert len(found) == len(tensors) + 1
+        for tensor in tensors:
+            held = found[id(tensor)]
+            assert (held.name, held.shape, held.origin) == (tensor.name, tensor.shape, tensor.origin)
+            np.testing.assert_array_equal(values(held), values(tensor))
+
+
+def test_a_file_that_was_cut_is_told_where_tensors_are_read_together(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", MODEL)
+    tensors = list(open_checkpoint(folder).tensors.values())
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot read tensor .*: the file ended too early"):
+        read_together(tensors)
 
 
 def test_one_file_is_a_model(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.reader import read_json
-from unmerge.checkpoint.tensor import Tensor, in_memory
+from unmerge.checkpoint.tensor import Tensor, read_together
 from unmerge.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -110,17 +110,24 @@ class Adapter:
         CheckpointError
             If a file cannot be read.
         """
+        stored = [
+            tensor
+            for found in self.factors.values()
+            for tensor in (found.a, found.b, found.bias, found.magnitude)
+            if tensor is not None
+        ]
+        held = read_together([*stored, *self.replaced.values()])
         factors = {
             module: replace(
                 found,
-                a=in_memory(found.a),
-                b=in_memory(found.b),
-                bias=found.bias and in_memory(found.bias),
-                magnitude=found.magnitude and in_memory(found.magnitude),
+                a=held[id(found.a)],
+                b=held[id(found.b)],
+                bias=found.bias and held[id(found.bias)],
+                magnitude=found.magnitude and held[id(found.magnitude)],
             )
             for module, found in self.factors.items()
         }
-        return replace(self, factors=factors, replaced={name: in_memory(item) for name, item in self.replaced.items()})
+        return replace(self, factors=factors, replaced={name: held[id(item)] for name, item in self.replaced.items()})
 
 
 def is_adapter(folder: Path) -> bool:

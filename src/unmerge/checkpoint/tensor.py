@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -153,7 +153,7 @@ class FileTensor:
         if not size or first % self.dtype.itemsize:
             return self.read(start, stop)
         before = first % mmap.ALLOCATIONGRANULARITY
-        with self._told(), self.origin.open("rb", buffering=0) as file:
+        with _told(self), self.origin.open("rb", buffering=0) as file:
             length = before + size * self.dtype.itemsize
             if os.fstat(file.fileno()).st_size < first - before + length:
                 raise OSError(_CUT)
@@ -175,34 +175,43 @@ class FileTensor:
         self._read(runs, raw)
         return raw
 
+    @property
+    def end(self) -> int:
+        """Where its bytes end in the file."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
     def _empty(self, rows: int) -> RawArray:
-        """Return an array for so many rows, at a multiple of `_LINE`."""
         columns = matrix_shape(self.shape)[1]
-        size = rows * columns * self.dtype.itemsize
-        memory = np.empty(size + _LINE, np.uint8)
-        start = -memory.ctypes.data % _LINE
-        return memory[start : start + size].view(self.dtype.raw).reshape(rows, columns)
+        return _at_line(rows * columns * self.dtype.itemsize).view(self.dtype.raw).reshape(rows, columns)
 
     def _read(self, runs: Iterable[tuple[int, int]], out: RawArray) -> None:
         row_bytes = matrix_shape(self.shape)[1] * self.dtype.itemsize
         view, done = out.reshape(-1).view(np.uint8).data, 0
         # Opened anew each time: no descriptors to keep or to share between threads; 20 us against
         # milliseconds for a block.
-        with self._told(), self.origin.open("rb", buffering=0) as file:
+        with _told(self), self.origin.open("rb", buffering=0) as file:
             for start, stop in runs:
                 size = (stop - start) * row_bytes
                 file.seek(self.offset + start * row_bytes)
                 _fill(file, view[done : done + size])
                 done += size
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn what goes wrong with the file into one line."""
-        try:
-            yield
-        except OSError as error:
-            message = f"{self.origin}: cannot read tensor {self.name!r}: {error.strerror or error}"
-            raise CheckpointError(message) from error
+
+@contextmanager
+def _told(tensor: FileTensor) -> Iterator[None]:
+    """Turn what goes wrong with a tensor's file into one line."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{tensor.origin}: cannot read tensor {tensor.name!r}: {error.strerror or error}"
+        raise CheckpointError(message) from error
+
+
+def _at_line(size: int) -> NDArray[np.uint8]:
+    """Return so many bytes, at a multiple of `_LINE`."""
+    memory = np.empty(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size]
 
 
 def _fill(file: FileIO, view: memoryview) -> None:
@@ -246,3 +255,37 @@ def in_memory(tensor: Tensor) -> ArrayTensor:
     """
     raw = tensor.read(0, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
     return ArrayTensor(tensor.name, tensor.dtype, tensor.shape, tensor.origin, raw)
+
+
+def read_together(tensors: Collection[Tensor]) -> dict[int, ArrayTensor]:
+    """Read tensors whole, by their ids; those that lie side by side in a file are read at once.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read.
+    """
+    found = {id(tensor): in_memory(tensor) for tensor in tensors if not isinstance(tensor, FileTensor)}
+    stored = [tensor for tensor in tensors if isinstance(tensor, FileTensor)]
+    for run in _side_by_side(sorted(stored, key=lambda tensor: (str(tensor.origin), tensor.offset))):
+        start, stop = run[0].offset, run[-1].end
+        memory = _at_line(stop - start)
+        with _told(run[0]), run[0].origin.open("rb", buffering=0) as file:
+            file.seek(start)
+            _fill(file, memory.data)
+        for tensor in run:
+            raw = memory[tensor.offset - start : tensor.end - start].view(tensor.dtype.raw).reshape(tensor.shape)
+            found[id(tensor)] = ArrayTensor(tensor.name, tensor.dtype, tensor.shape, tensor.origin, raw)
+    return found
+
+
+def _side_by_side(tensors: Sequence[FileTensor]) -> Iterator[list[FileTensor]]:
+    """Split tensors, by file and offset, where one does not begin at the end of the one before."""
+    run: list[FileTensor] = []
+    for tensor in tensors:
+        if run and (tensor.origin, tensor.offset) != (run[-1].origin, run[-1].end):
+            yield run
+            run = []
+        run.append(tensor)
+    if run:
+        yield run
