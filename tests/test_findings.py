@@ -207,9 +207,10 @@ class TestPresent:
             assert present(result) <= set(atoms)
             seen.extend(name in present(result) for name in atoms)
             for name in sorted(present(result)):
-                weight = weights[name]
-                inside.append(holds(by_name(result)[name], weight))
-                ratios.append((by_name(result)[name].weight or 0.0) / weight)
+                weight, found = weights[name], by_name(result)[name]
+                inside.append(holds(found, weight))
+                ratios.append((found.weight or 0.0) / weight)
+                assert not str(found.profile).startswith("constant") or found.profile == f"constant {found.weight:.2f}"
         assert np.mean(seen) > (0.7 if stranger else 0.99)
         # Three standard deviations.
         assert np.mean(inside) >= 0.95 - 3.0 * np.sqrt(0.95 * 0.05 / len(inside))

@@ -672,11 +672,14 @@ def _ratio(share: float, on_corners: float) -> float:
 
 def _refined(finding: Finding, estimate: _Estimate, atom: int) -> Finding:
     place = estimate.places[atom]
+    weight = float(estimate.weights[place])
     shape = None
     if finding.layers is not None and len(finding.layers):
         layers, values, errors = finding.layers.T
         shape = describe_profile(layers, values, errors, np.inf)
-    return replace(finding, weight=float(estimate.weights[place]), interval=estimate.intervals[place], shape=shape)
+        if shape.kind == "constant":  # then it is the weight, which is estimated better than from its layers
+            shape = replace(shape, low=weight, high=weight)
+    return replace(finding, weight=weight, interval=estimate.intervals[place], shape=shape)
 
 
 def _unknown(regression: Regression, kept: Sequence[int], estimate: _Estimate, seen: Mapping[str, Corner]) -> Unknown:
