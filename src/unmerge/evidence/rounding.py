@@ -115,7 +115,7 @@ def exact_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> 
     return fit.unbiased(censored_fit(again, fit.weights), fit.weights)
 
 
-def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> Pinned | None:
+def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str, workers: int = 1) -> Pinned | None:
     """Find the weights of the same merge if it was computed precisely and rounded once; None if it was not.
 
     Parameters
@@ -126,8 +126,10 @@ def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) ->
         By `exact_weights`.
     way : str
         How the merge was made: a key of `WAYS`.
+    workers : int
+        Threads; the result does not depend on it.
     """
-    return pinned([_cells(corner, corner.target, way) for corner in corners], start)
+    return pinned([_cells(corner, corner.target, way) for corner in corners], start, workers=workers)
 
 
 def _has_ties(corners: Sequence[Corner], weights: FloatArray, way: str) -> bool:
