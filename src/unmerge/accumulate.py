@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import pairwise
-from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -491,7 +489,7 @@ def _float32_products(
     sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
     if any(i < len(new) for i in low):
         sums.add_low_rank({i: _Factors.read(delta, unit) for i, delta in low.items()})
-    parts: list[Contact] = []
+    contact: Contact | None = None
     target = len(new) - 1
     if dense and any(i < len(new) for i in (*dense, *low)):
         ranks = tuple((vectors[i].digest, delta.rank) for i, delta in low.items())
@@ -508,9 +506,10 @@ def _float32_products(
                         met = kernel.meet(block, i, stack, unit.start)
                         sums.add_met(i, met)
                         if kept is not None and i == target:
-                            parts.append(_float32_contact(met, block.kept, ranks, kept))
+                            part = _float32_contact(met, block.kept, ranks, kept)
+                            contact = part if contact is None else contact + part
     _check_finite(sums.gram, unit, new)
-    return Products(sums.gram[: len(new)], sums.rounding, unit.count, reduce(add, parts) if parts else None)
+    return Products(sums.gram[: len(new)], sums.rounding, unit.count, contact)
 
 
 def _float32_contact(
