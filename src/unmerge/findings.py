@@ -22,12 +22,13 @@ from unmerge.evidence.rounding import (
     IN_STORAGE,
     WAYS,
     Corner,
-    exact_weights,
+    fitted_weights,
     left_over,
     pinned_weights,
     remaining_of_others,
     rounding_shares,
     simulated_least_squares,
+    unbiased_weights,
 )
 from unmerge.evidence.spectrum import Character, character, spikes
 from unmerge.regression import Regression, Unopened
@@ -211,7 +212,7 @@ def _examine(
         return Findings(tuple(findings), _rest(regression, solution, kept))
     seen = corners(regression, target, base, kept, workers=workers)
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
-    estimate = _estimate(regression, kept, seen, certain, signed=solver.signed, workers=workers)
+    estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
     if estimate.rough and len(certain) == len(kept) and _elements_known(regression, kept):
         met = blocks(regression, target, base, kept)
         estimate = _beside(regression, estimate, met, seen, signed=solver.signed, workers=workers)
@@ -482,7 +483,6 @@ def _estimate(
     certain: Mapping[int, Presence],
     *,
     signed: bool,
-    workers: int,
 ) -> _Estimate:
     """Estimate the weights of the kept atoms: by least squares if rounding explains the rest, drift-free if not."""
     total, solver = regression.total, Nnls(signed=signed)
@@ -493,7 +493,7 @@ def _estimate(
     chosen = np.asarray(kept, dtype=np.intp)
     own, looked_at = total.select(chosen), list(seen.values())
     fitted = solver.solve(own).coefficients
-    known = _exact(regression, chosen, looked_at, fitted, places, solver, workers=workers)
+    known = _exact(regression, chosen, looked_at, fitted, places, solver)
     if known is not None:
         return known
     weights, share, floor, way = fitted, 1.0, 0.0, ""
@@ -605,18 +605,16 @@ def _exact(
     fitted: FloatArray,
     places: Mapping[int, int],
     solver: Solver,
-    *,
-    workers: int,
 ) -> _Estimate | None:
     """Estimate the weights if the atoms and rounding are all that there is; None if they are not."""
     share = _share(regression, chosen, fitted)
     if share - _floor(regression, seen, fitted, share)[0] > CLEARLY:
         return None
     if all(corner.target_cell is not None for corner in seen) and _elements_known(regression, chosen):
-        fits = {way: exact_weights(seen, fitted, way=way) for way in WAYS if way != IN_STORAGE}
+        fits = {way: fitted_weights(seen, fitted, way=way) for way in _ways(seen)}
         way = max(fits, key=lambda way: fits[way].likelihood)
-        sharp = pinned_weights(seen, fits[way].weights, way=way, workers=workers)
-        best, rough = sharp or fits[way], sharp is None
+        sharp = pinned_weights(seen, fits[way].weights, way=way)
+        best, rough = sharp or unbiased_weights(seen, fits[way], way=way), sharp is None
         weights, bounds = best.weights, best.intervals(LEVEL, signed=solver.signed)
     else:
         weights, rough = fitted, False
@@ -628,6 +626,12 @@ def _exact(
         return None
     # Where rounding leaves much, a small stranger hides below it.
     return _Estimate(weights, tuple(_pair(row) for row in bounds), share, floor, way, places, rough)
+
+
+def _ways(seen: Sequence[Corner]) -> list[str]:
+    """Return the ways to make a merge whose weights are fitted; atoms that are all as stored are merged in one way."""
+    ways = [way for way in WAYS if way != IN_STORAGE]
+    return ways[:1] if all(corner.stored.all() for corner in seen) else ways
 
 
 def _elements_known(regression: Regression, atoms: Iterable[int]) -> bool:

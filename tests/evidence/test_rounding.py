@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from unmerge.checkpoint.dtypes import DTYPES
+from unmerge.evidence.censored import CensoredFit
 from unmerge.evidence.rounding import (
     Corner,
-    exact_weights,
+    fitted_weights,
     remaining_of_others,
     rounding_shares,
     simulated_least_squares,
+    unbiased_weights,
 )
 from unmerge.statistics import FloatArray
 from unmerge.testing import quantise
@@ -104,6 +106,10 @@ def least_squares(corners: Sequence[Corner]) -> tuple[FloatArray, FloatArray]:
     found = np.linalg.lstsq(D, v)[0]
     variance = float(np.sum((v - D @ found) ** 2)) / (len(v) - len(found))
     return found, np.sqrt(variance * np.diag(np.linalg.inv(D.T @ D)))
+
+
+def exact_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> CensoredFit:
+    return unbiased_weights(corners, fitted_weights(corners, start, way=way), way=way)
 
 
 class TestExactWeights:

@@ -88,8 +88,8 @@ class DType:
 
     def _below(self, values: FloatArray) -> FloatArray:
         """Return the power of two below each magnitude, or the smallest one that the grid follows."""
-        _, exponent = np.frexp(values)
-        return np.asarray(np.where(values == 0.0, 0.0, np.ldexp(0.5, exponent)).clip(self.smallest_normal))
+        power_of_two = (np.asarray(values, np.float64).view(np.uint64) & _EXPONENT).view(np.float64)
+        return np.asarray(power_of_two.clip(self.smallest_normal, _LARGEST_POWER))
 
     def cell(self, values: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the bounds of what is rounded to each value of this grid: half way to its neighbours."""
@@ -121,6 +121,7 @@ def _as_stored(raw: RawArray) -> NDArray[Any]:
     return raw
 
 
+_EXPONENT, _LARGEST_POWER = np.uint64(0x7FF0000000000000), 2.0**1023
 _U16, _U32, _U64 = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8")
 
 DTYPES: dict[str, DType] = {

@@ -92,30 +92,48 @@ class Corner:
         )
 
 
-def exact_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> CensoredFit:
-    """Fit the weights of a merge in which there is nothing but the atoms and rounding; its cells must be known.
-
-    One half of each corner is fitted. The other half, where the same merge is made again and fitted in the same way,
-    gives the bias: rounding errors there are others, so the jackknife sees the noise of both.
+def fitted_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> CensoredFit:
+    """Fit the weights of a merge in which there is nothing but the atoms and rounding, to one half of each corner.
 
     Parameters
     ----------
     corners : sequence of Corner
-        At least one.
+        At least one; their cells must be known.
     start : array, shape (P,)
         A first estimate, by least squares.
     way : str
         How the merge was made: a key of `WAYS`.
     """
-    near, far = ([corner.half(number) for corner in corners] for number in (0, 1))
-    fit = censored_fit([_cells(corner, corner.target, way) for corner in near], start)
+    return censored_fit([_cells(corner, corner.target, way) for corner in _halves(corners, 0)], start)
+
+
+def unbiased_weights(corners: Sequence[Corner], fit: CensoredFit, *, way: str) -> CensoredFit:
+    """Take out the bias of fitted weights.
+
+    In the other half of each corner the same merge is made again and fitted in the same way, which gives the bias.
+    Rounding errors there are others, so the jackknife sees the noise of both.
+
+    Parameters
+    ----------
+    corners : sequence of Corner
+        At least one.
+    fit : CensoredFit
+        By `fitted_weights`.
+    way : str
+        How the merge was made: a key of `WAYS`.
+    """
+    far = _halves(corners, 1)
     ties = MANY_TIES if _has_ties(far, fit.weights, way) else FEW_TIES
     generator = np.random.default_rng(0)
     again = [_again(corner, fit.weights, ties, generator, way) for corner in far]
     return fit.unbiased(censored_fit(again, fit.weights), fit.weights)
 
 
-def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str, workers: int = 1) -> Pinned | None:
+def _halves(corners: Sequence[Corner], number: int) -> list[Corner]:
+    return [corner.half(number) for corner in corners]
+
+
+def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str) -> Pinned | None:
     """Find the weights of the same merge if it was computed precisely and rounded once; None if it was not.
 
     Parameters
@@ -123,13 +141,11 @@ def pinned_weights(corners: Sequence[Corner], start: FloatArray, *, way: str, wo
     corners : sequence of Corner
         At least one; their cells must be known.
     start : array, shape (P,)
-        By `exact_weights`.
+        By `fitted_weights`.
     way : str
         How the merge was made: a key of `WAYS`.
-    workers : int
-        Threads; the result does not depend on it.
     """
-    return pinned([_cells(corner, corner.target, way) for corner in corners], start, workers=workers)
+    return pinned([_cells(corner, corner.target, way) for corner in corners], start)
 
 
 def _has_ties(corners: Sequence[Corner], weights: FloatArray, way: str) -> bool:

@@ -62,6 +62,11 @@ class Nnls:
 
 
 def _non_negative(problem: Problem) -> Minimum:
+    none = np.zeros(problem.size)
+    if not problem.singular:
+        found = minimise(problem, none, none, signed=False)
+        if found.converged:
+            return found
     spectrum = problem.spectrum
     # Pseudo-data of r <= k rows with the same normal equations: A'A = C and A'y = c.
     roots = np.sqrt(spectrum.values)
@@ -71,7 +76,6 @@ def _non_negative(problem: Problem) -> Minimum:
     gradient = A.T @ (y - A @ unit)
     if np.where(unit > 0.0, np.abs(gradient), gradient).max(initial=0.0) > ZERO_GRADIENT:
         # SciPy gave up, or stopped early, as it does on some problems of deficient rank.
-        none = np.zeros(problem.size)
         return minimise(problem, none, none, signed=False)
     return Minimum(_shortest(A, gradient, unit) if problem.singular else unit, 0, converged=True)
 
