@@ -10,8 +10,8 @@ err (tensors that were computed in another order, sums on a tie). The noise is l
 `censored`, the weights following, and the largest noise is taken beyond which lowering it gains nothing. Few walls
 touch the set, so its shape need not be that of a Gaussian: draws from the likelihood (Metropolis's, with a fixed seed)
 give the weights and their intervals. Where the shape is nearly Gaussian, as of merges that are stored in 32 bits, the
-draws that are proposed are independent, and a sixth of them is enough. What an element says of weights so close to one
-another that its sum moves by a small part of the noise is a parabola, and all such parabolas are one. References: Haario, Saksman and Tamminen, An
+draws that are proposed are independent, and a sixth of them is enough. The likelihood of an element whose sum moves by
+a small part of the noise is a parabola, and all such parabolas are one. References: Haario, Saksman and Tamminen, An
 adaptive Metropolis algorithm, 2001; Tierney, Markov chains for exploring posterior distributions, 1994 (independence
 chains).
 """
@@ -56,6 +56,8 @@ REACH = 12.0
 """Standard deviations that draws may stray."""
 WIDEST = 1e-3
 """Standard deviation of a weight that no wall limits."""
+ROUNDING = 4.0 * float(np.finfo(np.float64).eps)
+"""Share of a covariance's trace that rounding may take from its eigenvalues."""
 PARABOLIC = 6.0
 """Standard deviations over which an element's likelihood is to be a parabola."""
 CUBIC = 0.05
@@ -229,33 +231,7 @@ class _Walls:
         """Return the likelihood and its derivatives."""
         # Elements that are deep inside of their cells add nothing.
         wide, narrow = self.near(weights, _DEEP * noise).by_width(noise)
-        return wide._point_of_nearer(weights, noise) + narrow._point(weights, noise)
-
-    def _point_of_nearer(self, weights: FloatArray, noise: float) -> _Point:
-        from scipy.special import ndtr
-
-        sums = weights @ self.changes
-        above, below = sums - self.low, self.high - sums
-        at = np.minimum(above, below) / noise
-        probability = ndtr(at) + STRAY
-        score = _density(at) / probability
-        curvature = score * (score + at) / noise**2
-        return self._summed(probability, np.where(above < below, score, -score) / noise, curvature)
-
-    def _point(self, weights: FloatArray, noise: float) -> _Point:
-        from scipy.special import ndtr
-
-        sums = weights @ self.changes
-        low, high = (self.low - sums) / noise, (self.high - sums) / noise
-        probability = ndtr(high) - ndtr(low) + STRAY
-        at_low, at_high = _density(low), _density(high)
-        score = (at_low - at_high) / (noise * probability)
-        curvature = score**2 + (high * at_high - low * at_low) / (noise**2 * probability)
-        return self._summed(probability, score, curvature)
-
-    def _summed(self, probability: FloatArray, score: FloatArray, curvature: FloatArray) -> _Point:
-        weighted = self.changes * np.maximum(curvature, 0.0)
-        return _Point(float(np.log(probability).sum()), self.changes @ score, weighted @ self.changes.T)
+        return _by_nearer_wall(wide, weights, noise) + _by_both_walls(narrow, weights, noise)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -295,6 +271,36 @@ class _Nearby:
     def closer(self, weights: FloatArray, reach: float) -> _Nearby:
         """Return the same around other weights."""
         return _Nearby(self.holding(weights, reach).near(weights, reach), weights, reach, self.largest, self)
+
+
+def _by_nearer_wall(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
+    """Return the likelihood of elements that at most one wall touches."""
+    from scipy.special import ndtr
+
+    sums = weights @ walls.changes
+    above, below = sums - walls.low, walls.high - sums
+    at = np.minimum(above, below) / noise
+    probability = ndtr(at) + STRAY
+    score = _density(at) / probability
+    curvature = score * (score + at) / noise**2
+    return _summed(walls, probability, np.where(above < below, score, -score) / noise, curvature)
+
+
+def _by_both_walls(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
+    from scipy.special import ndtr
+
+    sums = weights @ walls.changes
+    low, high = (walls.low - sums) / noise, (walls.high - sums) / noise
+    probability = ndtr(high) - ndtr(low) + STRAY
+    at_low, at_high = _density(low), _density(high)
+    score = (at_low - at_high) / (noise * probability)
+    curvature = score**2 + (high * at_high - low * at_low) / (noise**2 * probability)
+    return _summed(walls, probability, score, curvature)
+
+
+def _summed(walls: _Walls, probability: FloatArray, score: FloatArray, curvature: FloatArray) -> _Point:
+    weighted = walls.changes * np.maximum(curvature, 0.0)
+    return _Point(float(np.log(probability).sum()), walls.changes @ score, weighted @ walls.changes.T)
 
 
 def _climb(nearby: _Nearby, weights: FloatArray, noise: float) -> tuple[FloatArray, _Point]:
@@ -390,7 +396,9 @@ def _likelihood(
     walls: _Walls, weights: FloatArray, covariance: FloatArray, noise: float
 ) -> tuple[Callable[[FloatArray], float], FloatArray]:
     """Return the logarithm of the likelihood of weights not far from these, and the covariance's root."""
-    root = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
+    # Of copies of one atom only the sum is known: the covariance may be singular but for rounding.
+    rounding = ROUNDING * float(np.trace(covariance)) * np.eye(len(covariance))
+    root = np.asarray(np.linalg.cholesky(covariance + rounding), dtype=np.float64)
     spread = np.linalg.norm(root.T @ walls.changes, axis=0)
     near = np.flatnonzero(walls.depth(weights) < REACH * spread + _DEEP * noise)
     close = walls.of_these(near)
