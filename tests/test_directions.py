@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Shelf
+from unmerge import directions as directions_module
 from unmerge import float32, task_vector
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.compress import materialise
@@ -154,12 +155,21 @@ class TestStreaming:
         np.testing.assert_allclose(cut.right(), whole.right(), atol=1e-10)
         assert max(stop - start for start, stop in delta.asked) == max(1, elements // 80)
 
-    @pytest.mark.parametrize(("value", "passes"), [(1.0, 4), (0.0, 1)])
-    def test_it_reads_a_change_of_several_blocks_four_times_and_a_zero_one_once(
-        self, value: float, passes: int, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("values", "passes"),
+        [
+            (np.zeros((20, 10)), 1),
+            (np.ones((20, 10)), 3),
+            (np.random.default_rng(0).standard_normal((20, 10)), 5),
+        ],
+        ids=["nothing", "few directions", "many"],
+    )
+    def test_it_reads_a_change_of_several_blocks_the_more_often_the_more_directions_it_has(
+        self, values: FloatArray, passes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(task_vector, "BLOCK_ELEMENTS", 100)
-        delta = Dense(np.full((20, 10), value))
+        monkeypatch.setattr(directions_module, "OVERSAMPLING", 2)
+        delta = Dense(values)
         leading(delta, 2, np.random.default_rng(0))
         assert delta.asked == [(0, 10), (10, 20)] * passes
 

@@ -1,12 +1,15 @@
-"""The fused difference of BF16 arrays against numpy."""
+"""Compiled loops against numpy."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from unmerge import fused
 from unmerge.checkpoint.dtypes import DTYPES
-from unmerge.fused import subtract_bf16
+from unmerge.fused import inner_products, subtract_bf16
 from unmerge.testing import encode
 
 BF16 = DTYPES["BF16"]
@@ -48,3 +51,44 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         subtract_bf16(bits, bits, out, np.array([4]), taken)
     with pytest.raises(ValueError, match=r"\(2, 1\) for columns to take: expected a contiguous array of \(2, 2\)"):
         subtract_bf16(bits, bits, out, np.array([0, 1]), taken)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 4096, 4097, 70_001])
+def test_inner_products_are_those_in_float64(count: int) -> None:
+    generator = np.random.default_rng(count)
+    arrays = [generator.standard_normal(count).astype(np.float32) for _ in range(4)]
+    pairs = [(0, 0), (2, 1), (1, 3), (3, 3)]
+    wide = [array.astype(np.float64) for array in arrays]
+    found = inner_products(arrays, pairs)
+    for (i, j), product in zip(pairs, found, strict=True):
+        bound = 1e-14 * float(np.linalg.norm(wide[i]) * np.linalg.norm(wide[j]))
+        assert product == pytest.approx(float(wide[i] @ wide[j]), rel=0, abs=bound)
+
+
+def test_inner_products_show_what_is_not_finite() -> None:
+    array, other = np.ones(5000, np.float32), np.zeros(5000, np.float32)
+    array[4999] = np.inf
+    assert inner_products([array, other], [(0, 0), (1, 1)]) == [np.inf, 0.0]
+    assert np.isnan(inner_products([array, other], [(0, 1)])[0])
+
+
+def test_no_products_and_arrays_that_do_not_fit() -> None:
+    array = np.ones(8, np.float32)
+    assert inner_products([array], []) == []
+    with pytest.raises(ValueError, match=r"arrays of \[4, 8\] elements: expected contiguous ones of float32"):
+        inner_products([array, array[:4]], [(0, 1)])
+    with pytest.raises(ValueError, match="expected contiguous ones of float32 and one size"):
+        inner_products([array.astype(np.float64)], [(0, 0)])
+    with pytest.raises(ValueError, match="expected contiguous ones"):
+        inner_products([np.ones(16, np.float32)[::2]], [(0, 0)])
+    with pytest.raises(ValueError, match=r"places 0 to 1: expected those of 1 arrays"):
+        inner_products([array], [(0, 1)])
+
+
+def test_threads_that_need_a_loop_first_compile_it_once() -> None:
+    fused._compile.cache_clear()
+    array = np.ones(1000, np.float32)
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda _: inner_products([array], [(0, 0)]), range(64))
+    assert list(found) == [[1000.0]] * 64
+    assert fused._compile.cache_info().misses == 1

@@ -315,12 +315,16 @@ class _Task:
     unit: Unit
     new: Sequence[TaskVector]
     known: Sequence[TaskVector]
+    leading: Sequence[TaskVector]
     kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None
     elements: int
     device: str | None
 
     def run(self) -> tuple[int, Products]:
-        return self.place, unit_products(self.unit, self.new, self.known, self.kept, self.elements, self.device)
+        products = unit_products(
+            self.unit, self.new, self.known, self.leading, self.kept, elements=self.elements, device=self.device
+        )
+        return self.place, products
 
     def run_elsewhere(self) -> tuple[int, Products]:
         from threadpoolctl import threadpool_limits
@@ -335,6 +339,7 @@ def accumulate(
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
     *,
+    leading: Sequence[TaskVector] = (),
     contacts: Mapping[str, tuple[int, int]] | None = None,
     advance: Callable[[int], None] | None = None,
     state: State | None = None,
@@ -351,6 +356,8 @@ def accumulate(
     new, known : sequences of TaskVector
         See the module's notation. Give them in a fixed order (by digest) for results that are equal to the
         bit.
+    leading : sequence of TaskVector
+        Low-rank ones that are met in contacts alone, whose inner products are not wanted.
     contacts : mapping, optional
         The (rows, columns) of the tensors in which the contact of the last new task vector with all low-rank
         ones is wanted.
@@ -371,14 +378,14 @@ def accumulate(
     ClusterError
         If a cluster was lost, or lost one unit too often.
     """
-    journal = state.journal(work, new, known, contacts or {}) if state and work.units else None
+    journal = state.journal(work, new, [*known, *leading], contacts or {}) if state and work.units else None
     finished = dict(journal.finished) if journal else {}
     for place in finished:
         if advance is not None:
             advance(work.units[place].count)
     # The largest first: at the end one worker waits for another, but for a small one.
     missing = sorted(set(range(len(work.units))) - finished.keys(), key=lambda place: (-work.units[place].count, place))
-    for place, products in _computed(work, missing, new, known, contacts or {}):
+    for place, products in _computed(work, missing, new, known, leading, contacts or {}):
         finished[place] = products
         if journal is not None:
             journal.keep(place, products)
@@ -395,6 +402,7 @@ def _computed(
     places: Iterable[int],
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
+    leading: Sequence[TaskVector],
     contacts: Mapping[str, tuple[int, int]],
 ) -> Iterator[tuple[int, Products]]:
     """Yield the products of units as they are finished."""
@@ -405,7 +413,7 @@ def _computed(
     def task(place: int) -> _Task:
         unit = work.units[place]
         elements = 0 if work.float64 else work.sizes[unit.name]
-        here = _in_tensor(new, unit), _in_tensor(known, unit)
+        here = _in_tensor(new, unit), _in_tensor(known, unit), _in_tensor(leading, unit)
         kept = lines(unit.name, contacts[unit.name]) if unit.name in contacts else None
         return _Task(place, unit, *here, kept, elements, work.device)
 
@@ -432,26 +440,30 @@ def unit_products(
     unit: Unit,
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
+    leading: Sequence[TaskVector] = (),
     kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None = None,
+    *,
     elements: int = 0,
     device: str | None = None,
 ) -> Products:
     """Compute the inner products of one unit, and the last new one's contact if `kept` names lines of it.
 
+    See `accumulate` for the `leading` ones.
+
     Large tensors, of so many `elements`, are computed in float32 where their types allow it; see `float32`, and
     `torch_blocks` for a `device`.
     """
-    vectors = (*new, *known)
+    vectors = (*new, *known, *leading)
     deltas = [vector.deltas.get(unit.name) for vector in vectors]
     present = [delta for delta in deltas if delta is not None]
     meets_low_rank = kept is not None and isinstance(deltas[len(new) - 1], LowRank)
     if float32.applies(present, elements) and not meets_low_rank:
-        return _float32_products(unit, new, known, kept, TorchKernel(device) if device else float32)
+        return _float32_products(unit, new, known, leading, kept, TorchKernel(device) if device else float32)
     # Low-rank operands in the order of digests: the same bits in whatever order they were given.
     low = {i: _Factors.read(delta, unit) for i, delta in enumerate(deltas) if isinstance(delta, LowRank)}
     low = dict(sorted(low.items(), key=lambda item: vectors[item[0]].digest))
     dense = {i: delta for i, delta in enumerate(deltas) if delta is not None and i not in low}
-    sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
+    sums = _Sums.of(len(new), len(known))
     sums.add_low_rank(low)
     target = len(new) - 1
     others = [(vectors[i].digest, factors) for i, factors in low.items() if i != target]
@@ -460,10 +472,11 @@ def unit_products(
         contact = _low_rank_contact(low[target], others, unit, kept)
     if dense and any(i < len(new) for i in (*dense, *low)):
         stacked = np.concatenate([factors.right for factors in low.values()]) if low else None
+        meeting = sums.meeting(dense, low, target if kept is not None else None)
         for start, stop in blocks(unit.start, unit.stop, unit.columns):
             lefts = {i: factors.left[start - unit.start : stop - unit.start] for i, factors in low.items()}
             read = {i: delta.block(start, stop) for i, delta in dense.items()}
-            projected = sums.add_dense(read, lefts, stacked)
+            projected = sums.add_dense(read, lefts, stacked, meeting)
             if kept is not None and target in projected and others:
                 part = _contact(read[target][0], projected[target], list(lefts.values()), others, start, kept)
                 contact = part if contact is None else contact + part
@@ -475,18 +488,19 @@ def _float32_products(
     unit: Unit,
     new: Sequence[TaskVector],
     known: Sequence[TaskVector],
+    leading: Sequence[TaskVector],
     kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None,
     kernel: float32.Kernel,
 ) -> Products:
     """Compute what `unit_products` does, the dense changes in float32."""
-    vectors = (*new, *known)
+    vectors = (*new, *known, *leading)
     deltas = sorted(
         ((i, delta) for i, vector in enumerate(vectors) if (delta := vector.deltas.get(unit.name)) is not None),
         key=lambda item: vectors[item[0]].digest,
     )
     low = {i: delta for i, delta in deltas if isinstance(delta, LowRank)}
     dense = {i: delta for i, delta in deltas if isinstance(delta, Difference)}
-    sums = _Sums(np.zeros((len(vectors), len(vectors))), np.zeros(len(new)))
+    sums = _Sums.of(len(new), len(known))
     if any(i < len(new) for i in low):
         sums.add_low_rank({i: _Factors.read(delta, unit) for i, delta in low.items()})
     contact: Contact | None = None
@@ -494,7 +508,7 @@ def _float32_products(
     if dense and any(i < len(new) for i in (*dense, *low)):
         ranks = tuple((vectors[i].digest, delta.rank) for i, delta in low.items())
         pairs = [(i, j) for i in dense for j in dense if j <= i and sums.wanted(i, j)]
-        meeting = [i for i in dense if any(sums.wanted(i, j) for j in low)]
+        meeting = sums.meeting(dense, low, target if kept is not None else None)
         size = sum(rank for _, rank in ranks) * (unit.stop - unit.start + unit.columns)
         with float32.lent("factors", size) as memory:
             stack = float32.Stack.read(low, unit.start, unit.stop, unit.columns, memory)
@@ -616,9 +630,17 @@ class _Sums:
     gram: FloatArray
     rounding: FloatArray
 
+    @classmethod
+    def of(cls, new: int, known: int) -> _Sums:
+        return cls(np.zeros((new + known, new + known)), np.zeros(new))
+
     def wanted(self, i: int, j: int) -> bool:
-        """Tell whether one of two task vectors is new."""
-        return min(i, j) < len(self.rounding)
+        """Tell whether one of two task vectors is new, and both are more than met."""
+        return min(i, j) < len(self.rounding) and max(i, j) < len(self.gram)
+
+    def meeting(self, dense: Collection[int], low: Collection[int], target: int | None) -> list[int]:
+        """Return the dense changes whose products with the low-rank ones are wanted, for sums or for a contact."""
+        return [i for i in dense if (i == target and low) or any(self.wanted(i, j) for j in low)]
 
     def _add(self, i: int, j: int, value: float) -> None:
         self.gram[i, j] += value
@@ -653,6 +675,7 @@ class _Sums:
         dense: Mapping[int, tuple[FloatArray, float]],
         lefts: Mapping[int, FloatArray],
         stacked: FloatArray | None,
+        meeting: Collection[int],
     ) -> dict[int, FloatArray]:
         """Add one block's products between dense changes, and of dense with low-rank ones.
 
@@ -668,7 +691,7 @@ class _Sums:
             for j, (other, _) in dense.items():
                 if j <= i and self.wanted(i, j):
                     self._add(i, j, float(np.vdot(block, other)))
-            if stacked is None or not any(self.wanted(i, j) for j in lefts):
+            if stacked is None or i not in meeting:
                 continue
             # <L_j R_j, V> = <L_j, V R_j'>: one GEMM with all right factors stacked, then thin products.
             projected = products[i] = block @ stacked.T

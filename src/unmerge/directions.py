@@ -27,7 +27,10 @@ DIRECTIONS = 32
 OVERSAMPLING = 8
 """Directions that the sketch holds beyond the wanted ones."""
 POWER_ITERATIONS = 2
-"""Applications of M'M to the sketch, which make leading directions stand out."""
+"""Applications of M'M to the sketch, which make leading directions stand out, at most."""
+STANDING_OUT = 0.99
+"""Share of a change's energy in the sketch's directions from which they stand out as they are: further applications
+could find no more than the rest."""
 SMALLEST = 1e-6
 """Directions with singular values below this fraction of the largest are dropped: F32 would not hold them."""
 
@@ -99,7 +102,7 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
 
     The randomised range finder of Halko, Martinsson and Tropp (2011, algorithms 4.4 and 5.1): an approximation of
     ``numpy.linalg.svd``, exact up to rounding where the change has at most `rank` directions. It reads the change
-    four times, or once if it is one block.
+    three times if a few directions hold nearly all of it, five times if not, and once if it is one block.
 
     Parameters
     ----------
@@ -125,11 +128,22 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
     if rank < 1:
         raise ValueError(f"rank {rank}: expected at least one direction")
     change = _Change.of(delta)
-    sketch = _row_sketch(change, rank, generator)
-    if sketch is None:
+    sketch = generator.standard_normal((change.shape[1], min(rank + OVERSAMPLING, *change.shape)))
+    product, energy = _gram_times(change, sketch)
+    if not np.isfinite(product).all():
+        raise ValueError("it has NaN or Inf (in it or in the base), or its energy overflows: not a usable model")
+    if not product.any():
         return None
-    columns, _ = np.linalg.qr(_times(change, sketch))
-    inner, singular, right = np.linalg.svd(_transposed_times(change, columns).T, full_matrices=False)
+    for _ in range(POWER_ITERATIONS):
+        along = _times(change, np.linalg.qr(product)[0])
+        columns, _ = np.linalg.qr(along)
+        product = _transposed_times(change, columns)
+        if float(np.vdot(along, along)) >= STANDING_OUT * energy:
+            break
+    # The singular values of a tall matrix are those of its small triangle, in a third of the time.
+    rows, triangle = np.linalg.qr(product)
+    inner, singular, right = np.linalg.svd(triangle.T)
+    right = right @ rows.T
     kept = int(np.count_nonzero(singular[:rank] > SMALLEST * singular[0]))
     if not kept:
         return None
@@ -138,43 +152,28 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
     return computed_low_rank(left, right[:kept] * signs[:, np.newaxis], "F64")
 
 
-def _row_sketch(change: _Change, rank: int, generator: np.random.Generator) -> FloatArray | None:
-    """Return an orthonormal basis, shape (n, rank + OVERSAMPLING or less), that leans to the leading directions.
-
-    None if the change is zero.
-    """
-    rows, columns = change.shape
-    basis = generator.standard_normal((columns, min(rank + OVERSAMPLING, rows, columns)))
-    for _ in range(POWER_ITERATIONS):
-        product = _gram_times(change, basis)
-        if not np.isfinite(product).all():
-            raise ValueError("it has NaN or Inf (in it or in the base), or its energy overflows: not a usable model")
-        if not product.any():
-            return None
-        basis, _ = np.linalg.qr(product)
-    return basis
-
-
-def _gram_times(change: _Change, basis: FloatArray) -> FloatArray:
+def _gram_times(change: _Change, basis: FloatArray) -> tuple[FloatArray, float]:
+    """Return M'M times a basis, and the energy of M."""
     # M'M at once saves a pass. It squares singular values, but what SMALLEST keeps stays above float64's rounding.
-    product = np.zeros(basis.shape)
+    product, energy = np.zeros(basis.shape), 0.0
     with np.errstate(invalid="ignore", over="ignore"):  # who reads the product says what is wrong
-        for _, block in change.blocks():
-            if block.any():  # most tensors of most fine-tunes are the base's
+        for _, block, own in change.blocks():
+            if own != 0.0:  # most tensors of most fine-tunes are the base's
                 product += block.T @ (block @ basis.astype(block.dtype))
-    return product
+                energy += own
+    return product, energy
 
 
 def _times(change: _Change, basis: FloatArray) -> FloatArray:
     product = np.empty((change.shape[0], basis.shape[1]))
-    for start, block in change.blocks():
+    for start, block, _ in change.blocks():
         product[start : start + len(block)] = block @ basis.astype(block.dtype)
     return product
 
 
 def _transposed_times(change: _Change, basis: FloatArray) -> FloatArray:
     product = np.zeros((change.shape[1], basis.shape[1]))
-    for start, block in change.blocks():
+    for start, block, _ in change.blocks():
         product += block.T @ basis[start : start + len(block)].astype(block.dtype)
     return product
 
@@ -186,12 +185,12 @@ class _Change:
     Attributes
     ----------
     delta : Delta
-    held : tuple of (int, array) or None
-        Its only block; None if there are several, which are read each time.
+    held : tuple of (int, array, float) or None
+        Its only block, as `_blocks` yields it; None if there are several, which are read each time.
     """
 
     delta: Delta
-    held: tuple[int, NDArray[Any]] | None
+    held: tuple[int, NDArray[Any], float] | None
 
     @classmethod
     def of(cls, delta: Delta) -> _Change:
@@ -201,7 +200,7 @@ class _Change:
     def shape(self) -> tuple[int, int]:
         return self.delta.shape
 
-    def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+    def blocks(self) -> Iterator[tuple[int, NDArray[Any], float]]:
         return _blocks(self.delta) if self.held is None else iter([self.held])
 
 
@@ -215,15 +214,16 @@ def _is_large(delta: Delta) -> TypeGuard[Difference]:
     return isinstance(delta, Difference) and float32.applies([delta], rows * columns)
 
 
-def _blocks(delta: Delta) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield the first row and the values of each block, written over later; large stored changes are in float32."""
+def _blocks(delta: Delta) -> Iterator[tuple[int, NDArray[Any], float]]:
+    """Yield the first row, values and energy of each block, written over later; large stored changes in float32."""
     rows, columns = delta.shape
     if _is_large(delta):
-        for block in float32.blocks({0: delta}, 0, rows, columns, []):
-            yield block.start, block.values[0]
+        for block in float32.blocks({0: delta}, 0, rows, columns, [(0, 0)]):
+            yield block.start, block.values[0], block.products[0, 0]
     else:
         for start, stop in blocks(0, rows, columns):
-            yield start, delta.block(start, stop)[0]
+            values = delta.block(start, stop)[0]
+            yield start, values, float(np.vdot(values, values))
 
 
 def _signs(right: FloatArray) -> FloatArray:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray, RawArray
 from unmerge.checkpoint.tensor import Tensor, borrowed, matrix_shape
-from unmerge.fused import subtract_bf16
+from unmerge.fused import inner_products, subtract_bf16
 from unmerge.task_vector import Delta, Difference, LowRank
 
 FloatArray32 = NDArray[np.float32]
@@ -248,13 +248,9 @@ def _difference(
 
 def _products(arrays: Mapping[int, FloatArray32], pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
     """Return inner products of flat arrays, summed in float64."""
-    totals = dict.fromkeys(pairs, 0.0)
-    needed = sorted({i for pair in pairs for i in pair})
-    for low in range(0, len(arrays[needed[0]]) if needed else 0, CHUNK):
-        wide = {i: arrays[i][low : low + CHUNK].astype(np.float64) for i in needed}
-        for i, j in pairs:
-            totals[i, j] += float(np.dot(wide[i], wide[j]))
-    return totals
+    places = {i: place for place, i in enumerate(arrays)}
+    found = inner_products(list(arrays.values()), [(places[i], places[j]) for i, j in pairs])
+    return dict(zip(pairs, found, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,26 +1,28 @@
-"""The difference of two BF16 matrices with its energies in one pass over memory, as machine code.
+"""Loops that numpy has no function for, in one pass over memory each, as machine code.
 
-numpy needs eight passes for it, each through a core's cache, and they take longer than the GEMM leaves. The loop is
-given to LLVM as text: compiled when it is first needed, in 50 ms, for the processor at hand, with nothing kept on disk.
-(numba, which brings llvmlite, takes 2 s for the same loop at its first use, and half a second to load it again.)
+The difference of two BF16 matrices with its energies takes numpy eight passes, each through a core's cache, and they
+take longer than the GEMM leaves; inner products in float64 of float32 arrays need each array widened first. The loops
+are given to LLVM as text: compiled when they are first needed, in 60 ms, for the processor at hand, with nothing kept
+on disk. (numba, which brings llvmlite, takes 2 s for the same loop at its first use, and half a second to load it
+again.)
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
-_NAME = "subtract_bf16"
 # Written for the vectoriser: one loop over `inner` elements whose sums may be reordered, inside one that adds them up.
 # The change's energy is summed in double: the residual is a small difference of such sums. What rounding accounts for
 # is an estimate, and 1,024 terms at a time are summed in float.
-_CODE = f"""
-define void @{_NAME}(ptr noalias readonly %tuned, ptr noalias readonly %base, ptr noalias %change, i64 %rows,
-                     i64 %columns, ptr noalias readonly %places, i64 %count, ptr noalias %taken, ptr noalias %sums) {{
+_SUBTRACT_BF16 = """
+define void @subtract_bf16(ptr noalias readonly %tuned, ptr noalias readonly %base, ptr noalias %change, i64 %rows,
+                     i64 %columns, ptr noalias readonly %places, i64 %count, ptr noalias %taken, ptr noalias %sums) {
 entry:
   br label %row
 row:
@@ -101,9 +103,65 @@ exit:
   %second = getelementptr inbounds double, ptr %sums, i64 1
   store double %row.grid, ptr %second, align 8
   ret void
-}}
+}
+"""
+_INNER_PRODUCTS = """
+define void @inner_products(ptr noalias readonly %arrays, ptr noalias readonly %pairs, i64 %count, i64 %size,
+                            ptr noalias %totals) {
+entry:
+  br label %chunk
+chunk: ; so short that all arrays' parts stay in the cache until each pair was multiplied
+  %start = phi i64 [0, %entry], [%stop, %pair]
+  %done = icmp uge i64 %start, %size
+  br i1 %done, label %exit, label %prepare
+prepare:
+  %most = add i64 %start, 4096
+  %inside = icmp ult i64 %most, %size
+  %stop = select i1 %inside, i64 %most, i64 %size
+  br label %pair
+pair:
+  %p = phi i64 [0, %prepare], [%p.next, %added]
+  %more.pairs = icmp ult i64 %p, %count
+  br i1 %more.pairs, label %load, label %chunk
+load:
+  %twice = mul nuw i64 %p, 2
+  %twice.one = add nuw i64 %twice, 1
+  %first.at = getelementptr inbounds i64, ptr %pairs, i64 %twice
+  %second.at = getelementptr inbounds i64, ptr %pairs, i64 %twice.one
+  %first.place = load i64, ptr %first.at, align 8
+  %second.place = load i64, ptr %second.at, align 8
+  %first.array = getelementptr inbounds ptr, ptr %arrays, i64 %first.place
+  %second.array = getelementptr inbounds ptr, ptr %arrays, i64 %second.place
+  %first = load ptr, ptr %first.array, align 8
+  %second = load ptr, ptr %second.array, align 8
+  br label %inner
+inner:
+  %i = phi i64 [%start, %load], [%i.next, %inner]
+  %sum = phi double [0.0, %load], [%sum.added, %inner]
+  %one.at = getelementptr inbounds float, ptr %first, i64 %i
+  %other.at = getelementptr inbounds float, ptr %second, i64 %i
+  %one = load float, ptr %one.at, align 4
+  %other = load float, ptr %other.at, align 4
+  %one.double = fpext float %one to double
+  %other.double = fpext float %other to double
+  %product = fmul reassoc contract nsz double %one.double, %other.double
+  %sum.added = fadd reassoc contract nsz double %sum, %product
+  %i.next = add nuw i64 %i, 1
+  %more = icmp ult i64 %i.next, %stop
+  br i1 %more, label %inner, label %added
+added:
+  %total.at = getelementptr inbounds double, ptr %totals, i64 %p
+  %total = load double, ptr %total.at, align 8
+  %total.added = fadd double %total, %sum.added
+  store double %total.added, ptr %total.at, align 8
+  %p.next = add nuw i64 %p, 1
+  br label %pair
+exit:
+  ret void
+}
 """
 _NONE = np.empty(0, np.intp)
+_C_TYPES = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64}
 
 
 def subtract_bf16(
@@ -143,15 +201,48 @@ def subtract_bf16(
     if len(places) and not 0 <= places.min() <= places.max() < columns:
         raise ValueError(f"columns {places.min()} to {places.max()} to take: expected some of {columns}")
     sums, chosen = np.empty(2), np.ascontiguousarray(places, np.int64)
-    _compiled()(
+    _compiled(_SUBTRACT_BF16)(
         *(array.ctypes.data for array in (tuned, base, out)), rows, columns,
         chosen.ctypes.data, len(chosen), taken.ctypes.data, sums.ctypes.data,
     )  # fmt: skip
     return float(sums[0]), float(sums[1])
 
 
+def inner_products(arrays: Sequence[NDArray[np.float32]], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """Return inner products of float32 arrays, multiplied and summed in float64.
+
+    Parameters
+    ----------
+    arrays : sequence of array of float32, shape (n,)
+        Contiguous.
+    pairs : sequence of (int, int)
+        Places of the arrays to multiply.
+    """
+    sizes = {array.size for array in arrays}
+    if len(sizes) > 1 or not all(array.flags.c_contiguous and array.dtype == np.float32 for array in arrays):
+        raise ValueError(f"arrays of {sorted(sizes)} elements: expected contiguous ones of float32 and one size")
+    if not pairs:
+        return []
+    chosen = np.array(pairs, np.int64)
+    if not 0 <= chosen.min() <= chosen.max() < len(arrays):
+        raise ValueError(f"places {chosen.min()} to {chosen.max()}: expected those of {len(arrays)} arrays")
+    at, totals = np.array([array.ctypes.data for array in arrays], np.uintp), np.zeros(len(pairs))
+    _compiled(_INNER_PRODUCTS)(at.ctypes.data, chosen.ctypes.data, len(pairs), sizes.pop(), totals.ctypes.data)
+    found: list[float] = totals.tolist()
+    return found
+
+
+_COMPILING = Lock()
+
+
+def _compiled(code: str) -> Callable[..., None]:
+    """Return the function that this code defines."""
+    with _COMPILING:  # a thread that compiled it once more would lose the engine while the code runs
+        return _compile(code)
+
+
 @cache
-def _compiled() -> Callable[..., None]:
+def _compile(code: str) -> Callable[..., None]:
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -159,18 +250,17 @@ def _compiled() -> Callable[..., None]:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
-    module = llvm.parse_assembly(_CODE)
+    module = llvm.parse_assembly(code)
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     options.loop_vectorization = options.loop_unrolling = True
     passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
+    [defined] = (function for function in module.functions if not function.is_declaration)
+    arguments = [_C_TYPES[str(argument.type)] for argument in defined.arguments]
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    prototype = ctypes.CFUNCTYPE(
-        None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 2
-    )
-    function = prototype(engine.get_function_address(_NAME))
+    function = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(defined.name))
 
     # ctypes lets other threads run meanwhile; the engine owns the code and must live as long as the function.
     def call(*arguments: int, _engine: object = engine) -> None:

@@ -219,7 +219,7 @@ def regress(
     shapes = {name: (count, base.shapes.get(name, (0, 0))[1]) for name, count in rows.items()}
     shapes = {name: shape if shape[1] else target.deltas[name].shape for name, shape in shapes.items()}
     read = {atom.name: _as_read(atom) for atom in atoms}
-    low_rank = tuple(_low_rank(read[atom.name]) for atom in atoms) if contacts else ()
+    low_rank = tuple(_low_rank(read[atom.name], workers) for atom in atoms) if contacts else ()
     known, others = _split_known(dictionary, read)
     new = (*others, *(read[atom.name] for atom in extra))
     pass_ = _Pass(
@@ -379,10 +379,10 @@ class _Pass:
         )
         advance = start(both) if start else None
         everything = [*known, *new]
-        found = accumulate(work, new, [*known, *leading], contacts=wanted, advance=advance, state=self.state)
-        again = accumulate(redo, everything, leading, contacts=wanted, advance=advance, state=self.state)
+        found = accumulate(work, new, known, leading=leading, contacts=wanted, advance=advance, state=self.state)
+        again = accumulate(redo, everything, [], leading=leading, contacts=wanted, advance=advance, state=self.state)
         met = {name: total(units).contact for name, units in (*found.items(), *again.items()) if name in wanted}
-        found, again = (_without(products, len(everything)) for products in (found, again))
+        found, again = (_without_contact(products) for products in (found, again))
         order = _order([*self.dictionary.atoms, *extra], self.atoms)
         grams = {name: _split(None, total(units), order) for name, units in again.items()}
         for name in sorted(touched - cut):
@@ -400,21 +400,17 @@ class _Pass:
         return {name: shapes[name] for name in sorted(met & changed & self.target.deltas.keys())}
 
 
-def _low_rank(atom: Atom) -> TaskVector:
+def _low_rank(atom: Atom, workers: int) -> TaskVector:
     """Return the atom if it is low-rank in every matrix, or its leading directions."""
     vector = atom.vector
     if is_low_rank(vector):
         return vector
-    found = atom.directions or directions(vector)
+    found = atom.directions or directions(vector, workers=workers)
     return told_apart(found)
 
 
-def _without(found: Mapping[str, list[Products]], vectors: int) -> dict[str, list[Products]]:
-    """Return products without the columns of what follows the first `vectors` task vectors."""
-    return {
-        name: [replace(unit, gram=unit.gram[:, :vectors], contact=None) for unit in units]
-        for name, units in found.items()
-    }
+def _without_contact(found: Mapping[str, list[Products]]) -> dict[str, list[Products]]:
+    return {name: [replace(unit, contact=None) for unit in units] for name, units in found.items()}
 
 
 def _nothing(new: int, vectors: int) -> Products:
