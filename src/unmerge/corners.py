@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from unmerge.accumulate import CORNERS, Contact
 from unmerge.checkpoint.dtypes import DType, FloatArray
-from unmerge.checkpoint.tensor import lines, matrix_shape
+from unmerge.checkpoint.tensor import Tensor, lines, matrix_shape
 from unmerge.dictionary import Base
 from unmerge.evidence.lattice import Block
 from unmerge.evidence.rounding import Corner
@@ -94,7 +94,7 @@ def _block(regression: Regression, base: Base, atoms: Sequence[int], name: str, 
     changes = []
     for atom in atoms:
         delta = regression.atoms[atom].vector.deltas.get(name)
-        change = _change(delta, contact.rows, contact.columns)
+        change = _from(delta, tensor, weights, contact.rows, contact.columns)
         changes.append(tensor.dtype.nearest(weights + change) - weights if isinstance(delta, LowRank) else change)
     low, high = stored.cell(weights + contact.corner)
     coarser = np.maximum(tensor.dtype.spacing(weights), high - low)
@@ -117,8 +117,12 @@ def _corner(
     stored, kept = tensor.dtype, _storage(target, name)
     halves = _halves(contact)
     places = [(contact.rows[rows], contact.columns[columns]) for rows, columns in halves]
-    weights = np.concatenate([lines(tensor, rows, columns) for rows, columns in places])
-    changes = [np.concatenate([_change(delta, rows, columns) for rows, columns in places]) for delta in deltas]
+    parts = [lines(tensor, rows, columns) for rows, columns in places]
+    weights = np.concatenate(parts)
+    changes = [
+        np.concatenate([_from(delta, tensor, part, *place) for place, part in zip(places, parts, strict=True)])
+        for delta in deltas
+    ]
     return Corner(
         target=np.concatenate([contact.corner[rows, columns].astype(np.float64) for rows, columns in halves]),
         base=weights,
@@ -149,6 +153,15 @@ def _change(delta: Delta | None, rows: NDArray[np.intp], columns: NDArray[np.int
     if isinstance(delta, Difference) and rows[-1] < delta.shape[0]:
         return lines(delta.tuned, rows, columns) - lines(delta.base, rows, columns)
     return np.concatenate([delta.block(row, row + 1)[0][:, columns] for row in rows.tolist()])
+
+
+def _from(
+    delta: Delta | None, tensor: Tensor, weights: FloatArray, rows: NDArray[np.intp], columns: NDArray[np.intp]
+) -> FloatArray:
+    """Return `_change` where a tensor's weights in these rows and columns were read already."""
+    if isinstance(delta, Difference) and delta.base is tensor and rows[-1] < delta.shape[0]:
+        return lines(delta.tuned, rows, columns) - weights
+    return _change(delta, rows, columns)
 
 
 def _exact(weights: FloatArray) -> FloatArray:

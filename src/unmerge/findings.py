@@ -608,7 +608,7 @@ def _exact(
 ) -> _Estimate | None:
     """Estimate the weights if the atoms and rounding are all that there is; None if they are not."""
     share = _share(regression, chosen, fitted)
-    if share - _floor(regression, seen, fitted, share)[0] > CLEARLY:
+    if share > CLEARLY and share - _floor(regression, seen, fitted, share)[0] > CLEARLY:
         return None
     if all(corner.target_cell is not None for corner in seen) and _elements_known(regression, chosen):
         fits = {way: fitted_weights(seen, fitted, way=way) for way in _ways(seen)}

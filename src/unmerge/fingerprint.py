@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from unmerge.alignment import Alignment
 from unmerge.checkpoint.adapter import Adapter
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.reader import Checkpoint
-from unmerge.checkpoint.tensor import Tensor, matrix_shape
+from unmerge.checkpoint.tensor import Tensor, matrix_shape, read_runs
 from unmerge.errors import AlignmentError
 
 SAMPLED_VALUES = 8192
@@ -34,8 +34,7 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
-        for start, stop in sampled_rows(tensor):
-            digest.update(np.ascontiguousarray(tensor.read(start, stop)).data)
+        digest.update(np.ascontiguousarray(read_runs(tensor, sampled_rows(tensor))).data)
     return digest.hexdigest()
 
 
@@ -107,16 +106,14 @@ def weight_cosine(alignment: Alignment, most: int = MATRICES) -> float:
     pairs = [pair for pair in alignment.pairs.values() if min(matrix_shape(pair.base.shape)) > 1]
     places = np.unique(np.linspace(0, len(pairs) - 1, most).astype(int))
     for pair in (pairs[place] for place in places if pairs):
-        for start, stop in sampled_rows(pair.base):
-            x, y = _both(pair.base, pair.other, start, min(stop, pair.rows))
-            dot, ours, theirs = dot + float(x @ y), ours + float(x @ x), theirs + float(y @ y)
+        runs = [(start, min(stop, pair.rows)) for start, stop in sampled_rows(pair.base) if start < pair.rows]
+        x, y = _both(pair.base, pair.other, runs)
+        dot, ours, theirs = dot + float(x @ y), ours + float(x @ x), theirs + float(y @ y)
     return dot / float(np.sqrt(ours * theirs)) if ours > 0.0 and theirs > 0.0 else 1.0
 
 
-def _both(first: Tensor, second: Tensor, start: int, stop: int) -> tuple[FloatArray, FloatArray]:
-    stop = max(start, stop)
-    x = first.dtype.widen(first.read(start, stop)).ravel()
-    y = second.dtype.widen(second.read(start, stop)).ravel()
+def _both(first: Tensor, second: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[FloatArray, FloatArray]:
+    x, y = (tensor.dtype.widen(read_runs(tensor, runs)).ravel() for tensor in (first, second))
     finite = np.isfinite(x) & np.isfinite(y)  # a value that is not finite is reported, with its place, later
     return x[finite], y[finite]
 

@@ -82,18 +82,21 @@ def lines(tensor: Tensor, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> 
     -------
     array, shape (s, c)
     """
+    return tensor.dtype.widen(np.ascontiguousarray(read_runs(tensor, _runs(rows))[:, columns]))
+
+
+def read_runs(tensor: Tensor, runs: Sequence[tuple[int, int]]) -> RawArray:
+    """Return the stored bits of ranges of rows, one below the other; a file is opened once for all of them."""
     if isinstance(tensor, FileTensor):
-        raw = tensor.read_runs(_runs(rows), len(rows))
-    else:
-        raw = np.concatenate([tensor.read(start, stop) for start, stop in _runs(rows)])
-    return tensor.dtype.widen(np.ascontiguousarray(raw[:, columns]))
+        return tensor.read_runs(runs)
+    return np.concatenate([tensor.read(start, stop) for start, stop in runs])
 
 
-def _runs(rows: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
+def _runs(rows: NDArray[np.intp]) -> list[tuple[int, int]]:
     """Split ascending row numbers into runs of neighbours."""
-    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
-    for run in np.split(rows, breaks):
-        yield int(run[0]), int(run[-1]) + 1
+    first = np.concatenate([[True], np.diff(rows) > 1])
+    last = np.concatenate([first[1:], [True]])
+    return list(zip(rows[first].tolist(), (rows[last] + 1).tolist(), strict=True))
 
 
 def borrowed(tensor: Tensor, start: int, stop: int) -> RawArray:
@@ -163,15 +166,15 @@ class FileTensor:
         np.frombuffer(mapping, np.uint8)[:: mmap.PAGESIZE].max()
         return np.frombuffer(mapping, self.dtype.raw, size, before).reshape(stop - start, columns)
 
-    def read_runs(self, runs: Iterable[tuple[int, int]], count: int) -> RawArray:
-        """Return the stored bits of `count` rows, given as ranges, as one array; see `read`.
+    def read_runs(self, runs: Sequence[tuple[int, int]]) -> RawArray:
+        """Return the stored bits of ranges of rows as one array; see `read`.
 
         Raises
         ------
         CheckpointError
             If the file cannot be read, or has become shorter since its header was read.
         """
-        raw = self._empty(count)
+        raw = self._empty(sum(stop - start for start, stop in runs))
         self._read(runs, raw)
         return raw
 

@@ -35,7 +35,7 @@ ROUGH, SOME = 4, 1 << 16
 EXACT = 0.01
 """Noise up to which arithmetic counts as exact, in spacings."""
 STRAY = 1e-6
-"""Probability of an element that noise does not account for."""
+"""Probability with which noise does not account for an element."""
 STRAYS = 1e-3
 """Share of such elements from which the walls are not believed."""
 SAME = 0.5
@@ -197,7 +197,7 @@ class _Walls:
     def by_width(self, noise: float) -> tuple[_Walls, _Walls]:
         """Return the elements that at most one wall can touch with this noise, and those between two."""
         wide = self.high - self.low > 2.0 * _DEEP * noise
-        return self.of_these(wide), self.of_these(~wide)
+        return (self, self.of_these(slice(0))) if wide.all() else (self.of_these(wide), self.of_these(~wide))
 
     def likelihood_of_nearer(self, weights: FloatArray, noise: float) -> float:
         """Return its natural logarithm for elements that at most one wall touches."""
@@ -210,8 +210,7 @@ class _Walls:
         np.minimum(inside, other, out=inside)
         inside /= noise
         ndtr(inside, out=inside)
-        inside += STRAY
-        return float(np.log(inside, out=inside).sum())
+        return _likelihood_of(inside)
 
     def likelihood(self, weights: FloatArray, noise: float) -> float:
         """Return its natural logarithm."""
@@ -224,13 +223,11 @@ class _Walls:
             bound /= noise
             ndtr(bound, out=bound)
         inside -= sums
-        inside += STRAY
-        return float(np.log(inside, out=inside).sum())
+        return _likelihood_of(inside)
 
     def point(self, weights: FloatArray, noise: float) -> _Point:
         """Return the likelihood and its derivatives."""
-        # Elements that are deep inside of their cells add nothing.
-        wide, narrow = self.near(weights, _DEEP * noise).by_width(noise)
+        wide, narrow = self.by_width(noise)
         return _by_nearer_wall(wide, weights, noise) + _by_both_walls(narrow, weights, noise)
 
 
@@ -262,9 +259,9 @@ class _Nearby:
         return cls(walls, weights, np.inf, np.abs(walls.changes).max(axis=1, initial=0.0), None)
 
     def holding(self, weights: FloatArray, reach: float) -> _Walls:
-        """Return at least the elements whose walls are not deeper than `reach` at other weights."""
+        """Return the elements whose walls are not deeper than `reach` at other weights, or some more."""
         if self.wider is None:
-            return self.close
+            return self.close.near(weights, reach)
         moved = float(np.abs(weights - self.at) @ self.largest)  # no sum moves further
         return self.close if moved + reach <= self.reach else self.wider.holding(weights, reach)
 
@@ -280,10 +277,10 @@ def _by_nearer_wall(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
     sums = weights @ walls.changes
     above, below = sums - walls.low, walls.high - sums
     at = np.minimum(above, below) / noise
-    probability = ndtr(at) + STRAY
-    score = _density(at) / probability
+    inside = ndtr(at)
+    score = (1.0 - STRAY) * _density(at) / _of_mixture(inside)
     curvature = score * (score + at) / noise**2
-    return _summed(walls, probability, np.where(above < below, score, -score) / noise, curvature)
+    return _summed(walls, inside, np.where(above < below, score, -score) / noise, curvature)
 
 
 def _by_both_walls(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
@@ -291,16 +288,29 @@ def _by_both_walls(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
 
     sums = weights @ walls.changes
     low, high = (walls.low - sums) / noise, (walls.high - sums) / noise
-    probability = ndtr(high) - ndtr(low) + STRAY
-    at_low, at_high = _density(low), _density(high)
-    score = (at_low - at_high) / (noise * probability)
-    curvature = score**2 + (high * at_high - low * at_low) / (noise**2 * probability)
-    return _summed(walls, probability, score, curvature)
+    inside = ndtr(high) - ndtr(low)
+    share = (1.0 - STRAY) / _of_mixture(inside)
+    at_low, at_high = share * _density(low), share * _density(high)
+    score = (at_low - at_high) / noise
+    curvature = score**2 + (high * at_high - low * at_low) / noise**2
+    return _summed(walls, inside, score, curvature)
 
 
-def _summed(walls: _Walls, probability: FloatArray, score: FloatArray, curvature: FloatArray) -> _Point:
+def _summed(walls: _Walls, inside: FloatArray, score: FloatArray, curvature: FloatArray) -> _Point:
     weighted = walls.changes * np.maximum(curvature, 0.0)
-    return _Point(float(np.log(probability).sum()), walls.changes @ score, weighted @ walls.changes.T)
+    return _Point(_likelihood_of(inside), walls.changes @ score, weighted @ walls.changes.T)
+
+
+def _of_mixture(inside: FloatArray) -> FloatArray:
+    """Return the probability of elements that noise keeps in their cells with these ones, or that are strays."""
+    return np.asarray((1.0 - STRAY) * inside + STRAY)
+
+
+def _likelihood_of(inside: FloatArray) -> float:
+    """Return the natural logarithm of the same, summed; what is deep inside of its cell adds nothing. Written over."""
+    inside *= 1.0 - STRAY
+    inside += STRAY
+    return float(np.log(inside, out=inside).sum())
 
 
 def _climb(nearby: _Nearby, weights: FloatArray, noise: float) -> tuple[FloatArray, _Point]:
