@@ -89,10 +89,10 @@ class Ended:
 
 
 def _execute(command: Sequence[str | Path], folder: Path) -> Ended:
-    """Run a command offline, with a home of its own."""
+    """Run a command offline, with a home of its own; what it imports is compiled once, as where it was installed."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(home)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(home), "PYTHONDONTWRITEBYTECODE": ""}
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
