@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
+from scipy.special import ndtr
 
 from unmerge.checkpoint.dtypes import DTYPES
 from unmerge.evidence.censored import Cells, censored_fit
-from unmerge.evidence.pinned import Pinned, pinned
+from unmerge.evidence.pinned import CUBIC, OUTSIDE, STRAY, Pinned, pinned
 from unmerge.statistics import FloatArray
 from unmerge.testing import quantise
 
@@ -114,6 +115,19 @@ def test_parabolas_in_place_of_elements_do_not_move_the_weights(
     tenth = 0.1 * (theirs[1] - theirs[0])
     assert (np.abs(some.weights - none.weights) < tenth).all()
     assert (np.abs(ours - theirs) < tenth).all()
+
+
+@pytest.mark.parametrize("width", [np.inf, 20.0, 6.0, 3.0, 2.0, 1.0, 0.1])
+def test_what_parabolas_leave_out_of_a_likelihood_has_the_bound_that_is_said(width: float) -> None:
+    """Third differences of the logarithm of a cell's probability, by the depth in the cell over the noise."""
+    step, depths = 1e-2, np.linspace(-OUTSIDE, min(10.0, 0.5 * width), 5001)
+    found = [
+        np.log((1.0 - STRAY) * (ndtr(depths + move) - ndtr(depths + move - width)) + STRAY)
+        for move in (2 * step, step, -step, -2 * step)
+    ]
+    third = (found[0] - 2 * found[1] + 2 * found[2] - found[3]) / (2 * step**3)
+    assert np.abs(third).max() < 6 * CUBIC
+    assert np.isfinite(width) or np.abs(third).max() > 0.98 * 6 * CUBIC
 
 
 def test_a_few_elements_that_err_do_not_move_the_weights() -> None:
