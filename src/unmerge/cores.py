@@ -7,9 +7,9 @@ only: (L_j' d_i R_j') = (L_j' L_i)(R_i R_j') for low-rank changes d_i = L_i R_i.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,43 +30,10 @@ LEVEL_LINES = 64
 """Rows and columns from which the level of the noise is taken."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Remainder:
-    """What the atoms leave of the target in one tensor, seen through the contact.
-
-    Attributes
-    ----------
-    name : str
-        The base's name of the tensor.
-    contact : Contact
-        Of the target itself.
-    atoms : tuple of int
-        The atoms that are seen in it, by their places in the regression.
-    left, right : dict of int to array
-        Their factors, shapes (m, r) and (r, n), the scale in the left one.
-    coefficients : array, shape (K,)
-        What of each atom was subtracted.
-    corner : array, shape (s, c)
-        What is left in the kept rows and columns.
-    """
-
-    name: str
-    contact: Contact
-    atoms: tuple[int, ...]
-    left: Mapping[int, FloatArray]
-    right: Mapping[int, FloatArray]
-    coefficients: FloatArray
-    corner: FloatArray
-
-
 def remainders(
-    regression: Regression,
-    coefficients: FloatArray,
-    *,
-    names: Collection[str] | None = None,
-    among: Collection[int] = (),
-) -> Iterator[Remainder]:
-    """Subtract the atoms from the target's contacts, a tensor at a time.
+    regression: Regression, coefficients: FloatArray, *, names: Collection[str]
+) -> Iterator[tuple[str, FloatArray]]:
+    """Yield what the atoms leave of the target in the rows and columns that the contacts of some tensors keep.
 
     Parameters
     ----------
@@ -74,27 +41,24 @@ def remainders(
         With contacts.
     coefficients : array, shape (K,)
         How much of each atom to subtract. Full checkpoints are subtracted in their leading directions.
-    names : collection of str, optional
-        The tensors to look at; all by default.
-    among : collection of int
-        Atoms that are looked at although their coefficient is zero.
+    names : collection of str
+        The tensors to look at.
     """
-    wanted = {int(atom) for atom in np.flatnonzero(coefficients)} | set(among)
+    subtracted = np.flatnonzero(coefficients).tolist()
     for name, contact in regression.contacts.items():
-        if names is not None and name not in names:
+        if name not in names:
             continue
-        factors = {
-            atom: delta
-            for atom, vector in enumerate(regression.directions)
-            if atom in wanted and isinstance(delta := vector.deltas.get(name), LowRank)
-        }
-        rows = regression.rows[name]
-        left = {atom: delta.left(0, rows) * delta.scale for atom, delta in factors.items()}
-        right = {atom: delta.right() for atom, delta in factors.items()}
         corner = contact.corner.astype(np.float64)
-        for atom in factors:
-            corner -= coefficients[atom] * (left[atom][contact.rows] @ right[atom][:, contact.columns])
-        yield Remainder(name, contact, tuple(factors), left, right, coefficients, corner)
+        for atom, delta in _low_rank(regression, name, subtracted).items():
+            left = delta.left(0, regression.rows[name])[contact.rows] * (delta.scale * coefficients[atom])
+            corner -= left @ delta.right()[:, contact.columns]
+        yield name, corner
+
+
+def _low_rank(regression: Regression, name: str, atoms: Collection[int]) -> dict[int, LowRank]:
+    """Return the changes of some atoms in one tensor, of those that have any."""
+    found = {atom: regression.directions[atom].deltas.get(name) for atom in sorted(atoms)}
+    return {atom: delta for atom, delta in found.items() if isinstance(delta, LowRank)}
 
 
 def cores(
@@ -123,15 +87,18 @@ def cores(
     """
     from joblib import Parallel, delayed
 
-    def look(name: str) -> list[tuple[int, Core]]:
-        remainder = next(remainders(regression, coefficients, names=(name,), among=relatives))
-        if not remainder.atoms:
-            return []
-        stack = _Stack.of(remainder, regression)
-        seen = ((atom, stack.core(atom, relatives.get(atom, ()), floor)) for atom in remainder.atoms)
-        return [(atom, core) for atom, core in seen if core is not None]
+    wanted = {*np.flatnonzero(coefficients).tolist(), *relatives}
 
-    found: dict[int, list[Core]] = {atom: [] for atom in sorted({*np.flatnonzero(coefficients).tolist(), *relatives})}
+    def look(name: str) -> list[tuple[int, Core]]:
+        deltas = _low_rank(regression, name, wanted)
+        if not deltas:
+            return []
+        with _factors(deltas, regression.rows[name]) as (left, right):
+            stack = _Stack.of(name, deltas, left, right, coefficients, regression)
+            seen = ((atom, stack.core(atom, relatives.get(atom, ()), floor)) for atom in deltas)
+            return [(atom, core) for atom, core in seen if core is not None]
+
+    found: dict[int, list[Core]] = {atom: [] for atom in sorted(wanted)}
     for tensor in Parallel(n_jobs=workers, require="sharedmem")(delayed(look)(name) for name in regression.contacts):
         for atom, core in tensor:
             found[atom].append(core)
@@ -144,55 +111,88 @@ class _Stack:
 
     Attributes
     ----------
+    name : str
+        The base's name of the tensor.
+    contact : Contact
+        Of the target itself.
+    coefficients : array, shape (K,)
+        What of each atom was subtracted.
     places : dict of int to slice
         Where each atom is in the stack.
     kept : dict of int to slice
         Where it is in the contact.
     left, right : array of float32 or float64, shapes (m, r) and (r, n)
-        The stacked factors.
+        The stacked factors, scales in the left ones.
+    left_lines, right_lines : array, shapes (s, r) and (r, c)
+        In the rows and columns that the contact keeps.
     left_products, right_products : array, shapes (r, q) and (q, r)
         L' L_q and R_q R', with the q columns and rows of the atoms that were subtracted, by their weights in the
         first one.
     along, across : arrays, shapes (s, r) and (r, c)
         Of what is left of the target.
+    corner : array, shape (s, c)
+        What is left in the kept rows and columns.
     """
 
-    remainder: Remainder
+    name: str
+    contact: Contact
+    coefficients: FloatArray
     places: Mapping[int, slice]
     kept: Mapping[int, slice]
     left: Factors
     right: Factors
+    left_lines: FloatArray
+    right_lines: FloatArray
     left_products: FloatArray
     right_products: FloatArray
     along: FloatArray
     across: FloatArray
+    corner: FloatArray
 
     @classmethod
-    def of(cls, remainder: Remainder, regression: Regression) -> _Stack:
-        contact, width = remainder.contact, next(iter(remainder.right.values())).shape[1]
+    def of(
+        cls,
+        name: str,
+        deltas: Mapping[int, LowRank],
+        left: Factors,
+        right: Factors,
+        coefficients: FloatArray,
+        regression: Regression,
+    ) -> _Stack:
+        contact = regression.contacts[name]
         offered = _slices([rank for _, rank in contact.ranks])
         by_digest = {digest: place for (digest, _), place in zip(contact.ranks, offered, strict=True)}
-        kept = {atom: by_digest[regression.directions[atom].digest] for atom in remainder.atoms}
-        places = dict(zip(remainder.atoms, _slices([len(remainder.right[a]) for a in remainder.atoms]), strict=True))
-        # Products as precise as the contact's own: in float32 where the tensor is large.
-        dtype = np.float32 if regression.rows[remainder.name] * width >= float32.LEAST_ELEMENTS else np.float64
-        left = _stacked([remainder.left[atom] for atom in remainder.atoms], 1, dtype)
-        right = _stacked([remainder.right[atom] for atom in remainder.atoms], 0, dtype)
-        weights = np.concatenate(
-            [np.full(len(remainder.right[atom]), remainder.coefficients[atom], dtype) for atom in remainder.atoms]
-        )
-        chosen = np.concatenate([np.arange(kept[atom].start, kept[atom].stop) for atom in remainder.atoms])
+        kept = {atom: by_digest[regression.directions[atom].digest] for atom in deltas}
+        places = dict(zip(deltas, _slices([delta.rank for delta in deltas.values()]), strict=True))
+        weights = np.concatenate([np.full(delta.rank, coefficients[atom]) for atom, delta in deltas.items()])
+        chosen = np.concatenate([np.arange(kept[atom].start, kept[atom].stop) for atom in deltas])
         used = np.flatnonzero(weights)
-        subtracted, beside = left[:, used] * weights[used], right[used]
-        left_products, right_products = (part.astype(np.float64) for part in (left.T @ subtracted, beside @ right.T))
-        along = contact.along[:, chosen] - subtracted[contact.rows] @ right_products
-        across = contact.across[chosen] - left_products @ beside[:, contact.columns]
-        return cls(remainder, places, kept, left, right, left_products, right_products, along, across)
+        left_lines = left[contact.rows].astype(np.float64)
+        right_lines = right[:, contact.columns].astype(np.float64)
+        left_products = (left.T @ left[:, used]).astype(np.float64) * weights[used]
+        right_products = (right[used] @ right.T).astype(np.float64)
+        subtracted, beside = left_lines[:, used] * weights[used], right_lines[used]
+        return cls(
+            name=name,
+            contact=contact,
+            coefficients=coefficients,
+            places=places,
+            kept=kept,
+            left=left,
+            right=right,
+            left_lines=left_lines,
+            right_lines=right_lines,
+            left_products=left_products,
+            right_products=right_products,
+            along=contact.along[:, chosen] - subtracted @ right_products,
+            across=contact.across[chosen] - left_products @ beside,
+            corner=contact.corner - subtracted @ beside,
+        )
 
     def core(self, atom: int, relatives: Sequence[int], floor: Mapping[str, float]) -> Core | None:
         """Return what is seen of an atom; None where it has too few directions or lines to see anything."""
-        contact, own = self.remainder.contact, self.places[atom]
-        left, right = self.remainder.left[atom], self.remainder.right[atom]
+        contact, own = self.contact, self.places[atom]
+        left, right = self.left[:, own].astype(np.float64), self.right[own].astype(np.float64)
         found = _directions(left.T @ left, right @ right.T)
         if found is None:
             return None
@@ -204,15 +204,15 @@ class _Stack:
         rank = own.stop - own.start
         left_over = contact.cores[self.kept[atom], :rank] - self.left_products[own] @ self.right_products[:, own]
         matched = before.T @ left_over @ after
-        U, W = left[contact.rows] @ before, after.T @ right[:, contact.columns]
+        U, W = self.left_lines[:, own] @ before, after.T @ self.right_lines[own]
         along, across = self.along[:, own] @ after, before.T @ self.across[own]
         beside, above = along - U @ matched, across - matched @ W
-        least = max(floor.get(self.remainder.name, 0.0), 1e-14 * _mean_square(contact.corner), 1e-300)
+        least = max(floor.get(self.name, 0.0), 1e-14 * _mean_square(contact.corner), 1e-300)
         identity = np.eye(len(singular))
         return Core(
-            layer=_layer(self.remainder.name),
+            layer=_layer(self.name),
             singular=singular,
-            matched=matched + self.remainder.coefficients[atom] * np.diag(singular),
+            matched=matched + self.coefficients[atom] * np.diag(singular),
             left=above @ above.T / above.shape[1] + least * identity,
             right=beside.T @ beside / beside.shape[0] + least * identity,
             level=self._level(beside, above, U, matched, W) + least,
@@ -224,7 +224,7 @@ class _Stack:
     def _level(self, beside: FloatArray, above: FloatArray, U: FloatArray, matched: FloatArray, W: FloatArray) -> float:
         """Return the mean square of what is left outside of both the rows and the columns of an atom."""
         n = LEVEL_LINES
-        corner = self.remainder.corner[:n, :n]
+        corner = self.corner[:n, :n]
         return _mean_square(corner - beside[:n] @ W[:, :n] - U[:n] @ above[:, :n] - U[:n] @ matched @ W[:, :n])
 
     def _relative(self, own: slice, other: int, before: FloatArray, after: FloatArray) -> FloatArray:
@@ -237,8 +237,19 @@ class _Stack:
         return seen
 
 
-def _stacked(factors: Sequence[FloatArray], axis: int, dtype: type[np.floating]) -> Factors:
-    return cast("Factors", np.concatenate(factors, axis=axis, dtype=dtype))
+@contextmanager
+def _factors(deltas: Mapping[int, LowRank], rows: int) -> Iterator[tuple[Factors, Factors]]:
+    """Read factors, stacked; as precise as the contact's products: in float32 where the tensor is large."""
+    columns = next(iter(deltas.values())).shape[1]
+    if not float32.applies(deltas.values(), rows * columns):
+        left = [delta.left(0, rows) * delta.scale for delta in deltas.values()]
+        yield np.concatenate(left, axis=1), np.concatenate([delta.right() for delta in deltas.values()])
+        return
+    size = sum(delta.rank for delta in deltas.values()) * (rows + columns)
+    with float32.lent("factors", size) as memory:
+        stack = float32.Stack.read(deltas, 0, rows, columns, memory)
+        np.multiply(stack.left, stack.scales.astype(np.float32), out=stack.left)
+        yield stack.left, stack.right
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

@@ -720,10 +720,10 @@ def _character(regression: Regression, weights: FloatArray, seen: Mapping[str, C
     """Look at the singular values of what is left, in some tensors."""
     by_name = {tensor.name: tensor.statistics for tensor in regression.tensors}
     spectra, sizes = [], []
-    for remainder in remainders(regression, weights, names=seen):
-        statistics = by_name[remainder.name]
+    for name, left in remainders(regression, weights, names=seen):
+        statistics = by_name[name]
         noise = float(np.sqrt(statistics.rounding / statistics.count))
-        corner = remainder.corner[:SPECTRUM_LINES, :SPECTRUM_LINES]
+        corner = left[:SPECTRUM_LINES, :SPECTRUM_LINES]
         spectra.append(spikes(corner, noise))
         sizes.append(statistics.count / corner.size)
     return character(spectra, sizes) if spectra else None
