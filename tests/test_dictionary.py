@@ -71,8 +71,8 @@ def test_adding_computes_only_the_new_row(shelf: Shelf, tmp_path: Path, monkeypa
     shapes: list[tuple[int, int]] = []
     real = accumulate.unit_products
 
-    def watched(unit: accumulate.Unit, new: object, known: object, *rest: object) -> accumulate.Products:
-        result = real(unit, new, known, *rest)  # type: ignore[arg-type]
+    def watched(unit: accumulate.Unit, *rest: object, **options: object) -> accumulate.Products:
+        result = real(unit, *rest, **options)  # type: ignore[arg-type]
         shapes.append(result.gram.shape)
         return result
 

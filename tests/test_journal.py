@@ -85,11 +85,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, units: int | None) -> list[Unit]
     seen: list[Unit] = []
     real = accumulate.unit_products
 
-    def watched(unit: Unit, *rest: object) -> Products:
+    def watched(unit: Unit, *rest: object, **options: object) -> Products:
         if units is not None and len(seen) == units:
             raise Stopped
         seen.append(unit)
-        return real(unit, *rest)  # type: ignore[arg-type]
+        return real(unit, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(accumulate, "unit_products", watched)
     return seen
