@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -190,6 +192,17 @@ class TestContact:
         assert "lm_head.weight" in found.contacts
         assert_contacts(world, found, "short")
         same_contacts(found, world.regress("attention", "head", "full", target="short"))
+
+    def test_threads_of_our_own_and_joblib_s_make_the_same_bits(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "joblib", joblib)
+        theirs = world.regress(workers=2)
+        monkeypatch.delitem(sys.modules, "joblib")
+        ours = world.regress(workers=2)
+        assert "joblib" not in sys.modules
+        same_contacts(ours, theirs)
+        np.testing.assert_array_equal(ours.total.gram, theirs.total.gram)
 
     def test_lines_are_different_ones_in_each_tensor_and_the_same_again(self) -> None:
         with pytest.MonkeyPatch.context() as patch:

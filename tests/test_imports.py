@@ -15,6 +15,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "unmerge"
 ROOMS = [
     {"errors", "_version"},
     {"parquet"},
+    {"parallel"},
     {"checkpoint"},
     {"alignment"},
     {"task_vector"},
@@ -23,7 +24,6 @@ ROOMS = [
     {"float32"},
     {"directions"},
     {"torch_blocks"},
-    {"parallel"},
     {"accumulate"},
     {"journal", "cluster"},
     {"statistics"},

@@ -10,6 +10,7 @@ involve a new one are computed. With no known ones this is a full Gram matrix; w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from unmerge import float32
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.errors import TargetError
-from unmerge.parallel import finished
+from unmerge.parallel import as_finished, finished
 from unmerge.task_vector import BLOCK_ELEMENTS, Delta, Difference, LowRank, TaskVector, blocks
 from unmerge.torch_blocks import TorchKernel
 
@@ -346,8 +347,7 @@ def accumulate(
 ) -> dict[str, list[Products]]:
     """Compute the inner products of every unit of a plan.
 
-    The units go through joblib: on threads of this machine, or wherever `joblib.parallel_config` (or
-    `unmerge.on_cluster`) sends them.
+    The units run on threads of this machine, or wherever `joblib.parallel_config` (or `unmerge.on_cluster`) sends them.
 
     Parameters
     ----------
@@ -406,8 +406,6 @@ def _computed(
     contacts: Mapping[str, tuple[int, int]],
 ) -> Iterator[tuple[int, Products]]:
     """Yield the products of units as they are finished."""
-    from joblib import Parallel, delayed
-    from joblib.parallel import get_active_backend
     from threadpoolctl import threadpool_limits
 
     def task(place: int) -> _Task:
@@ -417,13 +415,23 @@ def _computed(
         kept = lines(unit.name, contacts[unit.name]) if unit.name in contacts else None
         return _Task(place, unit, *here, kept, elements, work.device)
 
-    here = getattr(get_active_backend(prefer="threads")[0], "supports_sharedmem", False)
-    run = _Task.run if here else _Task.run_elsewhere
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
-        # One unit at a time: batches would leave a thread waiting for the last one.
-        parallel = Parallel(n_jobs=work.workers, prefer="threads", return_as="generator_unordered", batch_size=1)
-        yield from finished(parallel(delayed(run)(task(place)) for place in places))
+        if "joblib" in sys.modules:
+            yield from _by_joblib(map(task, places), work.workers)
+        else:  # nobody has chosen another backend, and loading it takes a tenth of a second
+            yield from as_finished(_Task.run, map(task, places), work.workers)
+
+
+def _by_joblib(tasks: Iterable[_Task], workers: int) -> Iterator[tuple[int, Products]]:
+    from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
+
+    here = getattr(get_active_backend(prefer="threads")[0], "supports_sharedmem", False)
+    run = _Task.run if here else _Task.run_elsewhere
+    # One unit at a time: batches would leave a thread waiting for the last one.
+    parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered", batch_size=1)
+    yield from finished(parallel(delayed(run)(task) for task in tasks))
 
 
 def _in_tensor(vectors: Sequence[TaskVector], unit: Unit) -> list[TaskVector]:

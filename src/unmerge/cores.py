@@ -19,6 +19,7 @@ from unmerge.accumulate import Contact
 from unmerge.alignment import LAYER
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.evidence.presence import Core
+from unmerge.parallel import on_threads
 from unmerge.regression import Regression
 from unmerge.task_vector import LowRank
 
@@ -85,8 +86,6 @@ def cores(
     workers : int
         Tensors that are worked on at once; the result does not depend on it.
     """
-    from joblib import Parallel, delayed
-
     wanted = {*np.flatnonzero(coefficients).tolist(), *relatives}
 
     def look(name: str) -> list[tuple[int, Core]]:
@@ -99,7 +98,7 @@ def cores(
             return [(atom, core) for atom, core in seen if core is not None]
 
     found: dict[int, list[Core]] = {atom: [] for atom in sorted(wanted)}
-    for tensor in Parallel(n_jobs=workers, require="sharedmem")(delayed(look)(name) for name in regression.contacts):
+    for tensor in on_threads(look, regression.contacts, workers):
         for atom, core in tensor:
             found[atom].append(core)
     return found

@@ -13,6 +13,7 @@ from unmerge.checkpoint.tensor import Tensor, lines, matrix_shape
 from unmerge.dictionary import Base
 from unmerge.evidence.lattice import Block
 from unmerge.evidence.rounding import Corner
+from unmerge.parallel import on_threads
 from unmerge.regression import Regression
 from unmerge.task_vector import Delta, Difference, LowRank, Residual, TaskVector
 
@@ -38,13 +39,9 @@ def corners(
     dict
         At most `CORNERS`, spread over the model; each stands for its neighbours too.
     """
-    from joblib import Parallel, delayed
-
     chosen = _spread(regression)
     standing_for = len(regression.contacts) / max(1, len(chosen))
-    found = Parallel(n_jobs=workers, require="sharedmem")(
-        delayed(_corner)(regression, target, base, atoms, name, standing_for) for name in chosen
-    )
+    found = on_threads(lambda name: _corner(regression, target, base, atoms, name, standing_for), chosen, workers)
     return dict(zip(chosen, found, strict=True))
 
 

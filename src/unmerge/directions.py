@@ -20,6 +20,7 @@ from unmerge import float32
 from unmerge.checkpoint.dtypes import DTYPES, FloatArray
 from unmerge.checkpoint.tensor import ArrayTensor
 from unmerge.errors import TargetError
+from unmerge.parallel import on_threads
 from unmerge.task_vector import Delta, Difference, LowRank, TaskVector, blocks
 
 DIRECTIONS = 32
@@ -58,14 +59,12 @@ def directions(vector: TaskVector, rank: int = DIRECTIONS, *, workers: int = 1) 
     TargetError
         If a change holds values that are not finite.
     """
-    from joblib import Parallel, delayed
     from threadpoolctl import threadpool_limits
 
     names = [name for name, delta in sorted(vector.deltas.items()) if isinstance(delta, LowRank) or _is_matrix(delta)]
     # One BLAS thread per worker: the sums of a threaded GEMM would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
-        parallel = Parallel(n_jobs=workers, require="sharedmem")
-        found = parallel(delayed(_tensor_directions)(vector, name, rank) for name in names)
+        found = on_threads(lambda name: _tensor_directions(vector, name, rank), names, workers)
     kept = {name: delta for name, delta in zip(names, found, strict=True) if delta is not None}
     return TaskVector(vector.name, vector.digest, kept)
 

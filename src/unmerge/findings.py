@@ -31,6 +31,7 @@ from unmerge.evidence.rounding import (
     unbiased_weights,
 )
 from unmerge.evidence.spectrum import Character, character, spikes
+from unmerge.parallel import on_threads
 from unmerge.regression import Regression, Unopened
 from unmerge.screening import SIGN
 from unmerge.solvers import Nnls, Solution, Solver, Status
@@ -212,7 +213,7 @@ def _examine(
         return Findings(tuple(findings), _rest(regression, solution, kept))
     seen = corners(regression, target, base, kept, workers=workers)
     certain = {atom: tests[atom].own for atom in kept if findings[atom].present}
-    estimate = _estimate(regression, kept, seen, certain, signed=solver.signed)
+    estimate = _estimate(regression, kept, seen, certain, signed=solver.signed, workers=workers)
     if estimate.rough and len(certain) == len(kept) and _elements_known(regression, kept):
         met = blocks(regression, target, base, kept)
         estimate = _beside(regression, estimate, met, seen, signed=solver.signed, workers=workers)
@@ -483,6 +484,7 @@ def _estimate(
     certain: Mapping[int, Presence],
     *,
     signed: bool,
+    workers: int,
 ) -> _Estimate:
     """Estimate the weights of the kept atoms: by least squares if rounding explains the rest, drift-free if not."""
     total, solver = regression.total, Nnls(signed=signed)
@@ -493,7 +495,7 @@ def _estimate(
     chosen = np.asarray(kept, dtype=np.intp)
     own, looked_at = total.select(chosen), list(seen.values())
     fitted = solver.solve(own).coefficients
-    known = _exact(regression, chosen, looked_at, fitted, places, solver)
+    known = _exact(regression, chosen, looked_at, fitted, places, solver, workers=workers)
     if known is not None:
         return known
     weights, share, floor, way = fitted, 1.0, 0.0, ""
@@ -605,16 +607,19 @@ def _exact(
     fitted: FloatArray,
     places: Mapping[int, int],
     solver: Solver,
+    *,
+    workers: int,
 ) -> _Estimate | None:
     """Estimate the weights if the atoms and rounding are all that there is; None if they are not."""
     share = _share(regression, chosen, fitted)
     if share > CLEARLY and share - _floor(regression, seen, fitted, share)[0] > CLEARLY:
         return None
     if all(corner.target_cell is not None for corner in seen) and _elements_known(regression, chosen):
-        fits = {way: fitted_weights(seen, fitted, way=way) for way in _ways(seen)}
-        way = max(fits, key=lambda way: fits[way].likelihood)
-        sharp = pinned_weights(seen, fits[way].weights, way=way)
-        best, rough = sharp or unbiased_weights(seen, fits[way], way=way), sharp is None
+        ways = _ways(seen)
+        fits = on_threads(lambda way: fitted_weights(seen, fitted, way=way), ways, workers)
+        fit, way = max(zip(fits, ways, strict=True), key=lambda pair: pair[0].likelihood)
+        sharp = pinned_weights(seen, fit.weights, way=way)
+        best, rough = sharp or unbiased_weights(seen, fit, way=way), sharp is None
         weights, bounds = best.weights, best.intervals(LEVEL, signed=solver.signed)
     else:
         weights, rough = fitted, False
