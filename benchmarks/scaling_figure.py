@@ -39,7 +39,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
     for row, cost in zip(figure.subplots(len(_LOOKS), len(curves)), _LOOKS, strict=True):
         for axes, curve in zip(row, curves, strict=True):
             _draw_panel(axes, curve, cost)
-    figure.suptitle("Cost of an exact answer as the work grows", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle("Cost of an answer as the work grows", x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
