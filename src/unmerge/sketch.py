@@ -22,6 +22,7 @@ from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.header import read_header
 from unmerge.checkpoint.tensor import FileTensor, Tensor, values
 from unmerge.errors import DictionaryError
+from unmerge.parallel import on_threads
 from unmerge.task_vector import Delta, LowRank, TaskVector, blocks
 
 ROWS, COLUMNS = 16, 32
@@ -116,8 +117,6 @@ def sketch(vector: TaskVector, layout: Layout, known: Mapping[str, float] | None
     workers : int
         Tensors that are worked on at once; the result does not depend on it.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from threadpoolctl import threadpool_limits
 
     memory = _Memory()
@@ -135,8 +134,7 @@ def sketch(vector: TaskVector, layout: Layout, known: Mapping[str, float] | None
     # One BLAS thread: sums of a threaded product would depend on the number of cores.
     with threadpool_limits(limits=1, user_api="blas"):
         seen = {name: look(name) for name in low_rank}  # too short for threads, which would wait for each other
-        with ThreadPoolExecutor(workers) as pool:
-            seen.update(zip(others, pool.map(look, others), strict=True))
+        seen.update(zip(others, on_threads(look, others, workers), strict=True))
     energies = np.array([seen[name][0] if name in seen else 0.0 for name in layout.shapes] + [0.0])
     energies[-1] = sum(energy for name, (energy, _) in sorted(seen.items()) if name not in layout.shapes)
     held = [name for name, changed in zip(layout.shapes, layout.changed(energies), strict=True) if changed]

@@ -152,14 +152,15 @@ def _part(cells: Cells, weights: FloatArray) -> _Part:
     flip = low > 0.0
     low, high = np.where(flip, -high, low), np.where(flip, -low, high)
     probability = np.maximum(ndtr(high) - ndtr(low), 1e-300)
-    at_low, at_high = _density(low), _density(high)
+    at_low, at_high = density(low), density(high)
     score = np.where(flip, -1.0, 1.0) * (at_low - at_high) / (sd * probability)
     curvature = score**2 + (high * at_high - low * at_low) / (sd**2 * probability)
     weighted = cells.changes * np.maximum(curvature, 0.0)
     return _Part(cells.changes @ score, weighted @ cells.changes.T, float(np.log(probability).sum()), expected.size)
 
 
-def _density(at: FloatArray) -> FloatArray:
+def density(at: FloatArray) -> FloatArray:
+    """Return the standard normal distribution's density."""
     return np.asarray(np.exp(-0.5 * at**2) / np.sqrt(2.0 * np.pi))
 
 

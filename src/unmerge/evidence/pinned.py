@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from unmerge.evidence.censored import ARITHMETIC, Cells
+from unmerge.evidence.censored import ARITHMETIC, Cells, density
 from unmerge.statistics import FloatArray
 
 HALVINGS = 13
@@ -278,7 +278,7 @@ def _by_nearer_wall(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
     above, below = sums - walls.low, walls.high - sums
     at = np.minimum(above, below) / noise
     inside = ndtr(at)
-    score = (1.0 - STRAY) * _density(at) / _of_mixture(inside)
+    score = (1.0 - STRAY) * density(at) / _of_mixture(inside)
     curvature = score * (score + at) / noise**2
     return _summed(walls, inside, np.where(above < below, score, -score) / noise, curvature)
 
@@ -290,7 +290,7 @@ def _by_both_walls(walls: _Walls, weights: FloatArray, noise: float) -> _Point:
     low, high = (walls.low - sums) / noise, (walls.high - sums) / noise
     inside = ndtr(high) - ndtr(low)
     share = (1.0 - STRAY) / _of_mixture(inside)
-    at_low, at_high = share * _density(low), share * _density(high)
+    at_low, at_high = share * density(low), share * density(high)
     score = (at_low - at_high) / noise
     curvature = score**2 + (high * at_high - low * at_low) / noise**2
     return _summed(walls, inside, score, curvature)
@@ -334,10 +334,6 @@ def _climb(nearby: _Nearby, weights: FloatArray, noise: float) -> tuple[FloatArr
         if gain < NO_GAIN:
             break
     return weights, here
-
-
-def _density(at: FloatArray) -> FloatArray:
-    return np.asarray(np.exp(-0.5 * at**2) / np.sqrt(2.0 * np.pi))
 
 
 def _covariance(curvature: FloatArray) -> FloatArray:
