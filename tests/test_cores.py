@@ -20,7 +20,8 @@ from unmerge.accumulate import Contact, Plan
 from unmerge.attribution import open_target
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.compress import materialise
-from unmerge.cores import WEAKEST, remainders
+from unmerge.cores import WEAKEST
+from unmerge.corners import remainders
 from unmerge.dictionary import Atom, Base, Dictionary, combine, open_atom, open_base
 from unmerge.evidence.presence import Core
 from unmerge.regression import Regression, regress

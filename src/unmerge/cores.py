@@ -31,31 +31,6 @@ LEVEL_LINES = 64
 """Rows and columns from which the level of the noise is taken."""
 
 
-def remainders(
-    regression: Regression, coefficients: FloatArray, *, names: Collection[str]
-) -> Iterator[tuple[str, FloatArray]]:
-    """Yield what the atoms leave of the target in the rows and columns that the contacts of some tensors keep.
-
-    Parameters
-    ----------
-    regression : Regression
-        With contacts.
-    coefficients : array, shape (K,)
-        How much of each atom to subtract. Full checkpoints are subtracted in their leading directions.
-    names : collection of str
-        The tensors to look at.
-    """
-    subtracted = np.flatnonzero(coefficients).tolist()
-    for name, contact in regression.contacts.items():
-        if name not in names:
-            continue
-        corner = contact.corner.astype(np.float64)
-        for atom, delta in _low_rank(regression, name, subtracted).items():
-            left = delta.left(0, regression.rows[name])[contact.rows] * (delta.scale * coefficients[atom])
-            corner -= left @ delta.right()[:, contact.columns]
-        yield name, corner
-
-
 def _low_rank(regression: Regression, name: str, atoms: Collection[int]) -> dict[int, LowRank]:
     """Return the changes of some atoms in one tensor, of those that have any."""
     found = {atom: regression.directions[atom].deltas.get(name) for atom in sorted(atoms)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,32 @@ def leading_changes(regression: Regression, atoms: Sequence[int], names: Sequenc
             np.array([np.concatenate([_change(delta, rows, columns) for rows, columns in places]) for delta in deltas])
         )
     return found
+
+
+def remainders(
+    regression: Regression, coefficients: FloatArray, *, names: Collection[str]
+) -> Iterator[tuple[str, FloatArray]]:
+    """Yield what the atoms leave of the target in the rows and columns that the contacts of some tensors keep.
+
+    Parameters
+    ----------
+    regression : Regression
+        With contacts.
+    coefficients : array, shape (K,)
+        How much of each atom to subtract. Full checkpoints are subtracted in their leading directions.
+    names : collection of str
+        The tensors to look at.
+    """
+    subtracted = np.flatnonzero(coefficients).tolist()
+    for name, contact in regression.contacts.items():
+        if name not in names:
+            continue
+        corner = contact.corner.astype(np.float64)
+        for atom in subtracted:
+            delta = regression.directions[atom].deltas.get(name)
+            if isinstance(delta, LowRank):
+                corner -= coefficients[atom] * _change(delta, contact.rows, contact.columns)
+        yield name, corner
 
 
 def blocks(regression: Regression, target: TaskVector, base: Base, atoms: Sequence[int]) -> list[Block]:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmerge.checkpoint.dtypes import FloatArray
-from unmerge.cores import cores, remainders
-from unmerge.corners import blocks, corners, leading_changes
+from unmerge.cores import cores
+from unmerge.corners import blocks, corners, leading_changes, remainders
 from unmerge.dictionary import Base
 from unmerge.evidence.beside import beside_stranger
 from unmerge.evidence.identifiability import alike_groups
