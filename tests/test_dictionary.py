@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import unmerge
 from tests.conftest import Shelf
-from unmerge import accumulate, dictionary
+from unmerge import accumulate, dictionary, fingerprint
 from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.reader import open_checkpoint
 from unmerge.checkpoint.tensor import FileTensor, values
@@ -497,6 +497,24 @@ class TestVerify:
         faults = verify(tmp_path / "d")
         assert len(faults) == 1
         assert faults[0].startswith(f"atom {atom}: ")
+
+    def test_an_adapter_where_a_checkpoint_was_is_found_and_refused(self, shelf: Shelf, tmp_path: Path) -> None:
+        full = tmp_path / "full"
+        shutil.copytree(shelf.folder / "full", full)
+        build(tmp_path / "d", [str(full)], shelf.base)
+        shutil.rmtree(full)
+        shutil.copytree(shelf.folder / "add", full)
+        with pytest.raises(DictionaryError, match="has changed since it was added"):
+            open_dictionary(tmp_path / "d", open_base(shelf.base))
+
+    def test_a_checkpoint_that_is_as_it_was_is_not_compared_with_the_base_again(
+        self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build(tmp_path / "d", shelf.paths("full"), shelf.base)
+        base = open_base(shelf.base)
+        monkeypatch.setattr(fingerprint, "check_same_base", lambda *_: pytest.fail("compared"))
+        [atom] = open_dictionary(tmp_path / "d", base).atoms
+        assert atom.kind == "checkpoint"
 
     def test_a_changed_checkpoint_is_found_and_refused(self, shelf: Shelf, tmp_path: Path) -> None:
         build(tmp_path / "d", shelf.paths("full"), shelf.base)

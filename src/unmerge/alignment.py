@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from unmerge.checkpoint.reader import Checkpoint
 from unmerge.checkpoint.tensor import Tensor, matrix_shape
@@ -128,14 +129,8 @@ def rename(base_names: Collection[str], names: Collection[str]) -> tuple[dict[st
     if any(name != new for name, new in plain.items()):
         notices.append("names contain '.base_layer.', as a model saved inside a PEFT wrapper; it was dropped")
     known = set(base_names)
-    best, best_hits = ("", ""), _hits(plain.values(), known, "", "")
-    for strip in ("", *_PREFIXES):
-        for add in ("", *_PREFIXES):
-            hits = _hits(plain.values(), known, strip, add)
-            if hits > best_hits:
-                best, best_hits = (strip, add), hits
-    strip, add = best
-    if best != ("", ""):
+    strip, add = _best_swap(plain.values(), known)
+    if strip or add:
         notices.append(f"names were matched after replacing the prefix {strip!r} by {add!r}")
     swapped = {name: _swap(new, strip, add) for name, new in plain.items()}
     # A name that the swap takes away from the base's spelling keeps its own (lm_head has no prefix).
@@ -143,6 +138,14 @@ def rename(base_names: Collection[str], names: Collection[str]) -> tuple[dict[st
         name: (plain[name] if plain[name] in known and new not in known else new) for name, new in swapped.items()
     }
     return renamed, tuple(notices)
+
+
+def _best_swap(names: Collection[str], known: set[str]) -> tuple[str, str]:
+    """Return the first change of prefix, from none on, under which most names are known."""
+    if _hits(names, known, "", "") == len(names):
+        return "", ""
+    prefixes = ("", *_PREFIXES)
+    return max(product(prefixes, prefixes), key=lambda swap: _hits(names, known, *swap))
 
 
 def _swap(name: str, strip: str, add: str) -> str:

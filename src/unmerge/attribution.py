@@ -347,7 +347,7 @@ def explain(
     # Threaded sums would depend on the number of cores, and threads that wait for small products cost time.
     with threadpool_limits(limits=1, user_api="blas"):
         vector, regression = goal.vector, solve(goal.vector)
-        share = base_share(regression, base) if regression.contacts else None
+        share = base_share(regression, base, workers=workers) if regression.contacts else None
         if share and share.matters:
             vector, found = without_base(vector, base)
             share, regression = replace(share, coefficient=found), solve(vector)

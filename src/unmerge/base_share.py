@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from unmerge.checkpoint.dtypes import FloatArray
 from unmerge.checkpoint.tensor import Tensor, lines, matrix_shape, values
 from unmerge.dictionary import Base, open_base
 from unmerge.errors import AlignmentError
+from unmerge.parallel import on_threads
 from unmerge.regression import Regression
 from unmerge.task_vector import Residual, Scaled, TaskVector, blocks
 
@@ -53,17 +55,24 @@ class BaseShare:
         return abs(self.coefficient) > CERTAIN * self.error and self.energy_share > MATERIAL
 
 
-def base_share(regression: Regression, base: Base) -> BaseShare:
-    """Estimate the base's coefficient in the target's change, from corners."""
-    products = energy = change = 0.0
-    for name, contact in regression.contacts.items():
+def base_share(regression: Regression, base: Base, *, workers: int = 1) -> BaseShare:
+    """Estimate the base's coefficient in the target's change, from corners.
+
+    Parameters
+    ----------
+    workers : int
+        Corners that are read at once; the result does not depend on it.
+    """
+
+    def seen(name: str) -> FloatArray:
+        contact = regression.contacts[name]
         weights = lines(base.checkpoint.tensors[name], contact.rows, contact.columns)
         own = contact.corner.astype(np.float64)
         # Each corner counts for its whole tensor.
         scale = regression.rows[name] * matrix_shape(base.checkpoint.tensors[name].shape)[1] / own.size
-        products += scale * float(np.vdot(weights, own))
-        energy += scale * float(np.vdot(weights, weights))
-        change += scale * float(np.vdot(own, own))
+        return scale * np.array([np.vdot(weights, own), np.vdot(weights, weights), np.vdot(own, own)])
+
+    products, energy, change = sum(on_threads(seen, regression.contacts, workers), np.zeros(3)).tolist()
     if energy == 0.0 or change == 0.0:
         return BaseShare(0.0, np.inf, 0.0)
     coefficient = products / energy

@@ -27,13 +27,15 @@ Factors = NDArray[np.float32] | FloatArray
 
 WEAKEST = 1e-3
 """Directions below this share of the strongest are left out: their factors are known too badly."""
+SOUND = 1e-8
+"""Share of the trace of a factor's products above which their smallest eigenvalue needs no second look."""
 LEVEL_LINES = 64
 """Rows and columns from which the level of the noise is taken."""
 
 
 def _low_rank(regression: Regression, name: str, atoms: Collection[int]) -> dict[int, LowRank]:
-    """Return the changes of some atoms in one tensor, of those that have any."""
-    found = {atom: regression.directions[atom].deltas.get(name) for atom in sorted(atoms)}
+    """Return the changes of some atoms in one tensor, of those that have any, in the atoms' order."""
+    found = {atom: regression.directions[atom].deltas.get(name) for atom in atoms}
     return {atom: delta for atom, delta in found.items() if isinstance(delta, LowRank)}
 
 
@@ -61,7 +63,8 @@ def cores(
     workers : int
         Tensors that are worked on at once; the result does not depend on it.
     """
-    wanted = {*np.flatnonzero(coefficients).tolist(), *relatives}
+    subtracted = np.flatnonzero(coefficients).tolist()
+    wanted = [*subtracted, *sorted({*relatives} - {*subtracted})]
 
     def look(name: str) -> list[tuple[int, Core]]:
         deltas = _low_rank(regression, name, wanted)
@@ -82,6 +85,8 @@ def cores(
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stack:
     """The factors of the atoms in one tensor, stacked along their ranks, and their products; r the sum of ranks.
+
+    Those that were subtracted from the target come first.
 
     Attributes
     ----------
@@ -138,14 +143,15 @@ class _Stack:
         by_digest = {digest: place for (digest, _), place in zip(contact.ranks, offered, strict=True)}
         kept = {atom: by_digest[regression.directions[atom].digest] for atom in deltas}
         places = dict(zip(deltas, _slices([delta.rank for delta in deltas.values()]), strict=True))
-        weights = np.concatenate([np.full(delta.rank, coefficients[atom]) for atom, delta in deltas.items()])
         chosen = np.concatenate([np.arange(kept[atom].start, kept[atom].stop) for atom in deltas])
-        used = np.flatnonzero(weights)
+        weights = np.repeat(coefficients[list(deltas)], [delta.rank for delta in deltas.values()])
+        weights = weights[: np.count_nonzero(weights)]
+        used = slice(len(weights))  # those that were subtracted come first
         left_lines = left[contact.rows].astype(np.float64)
         right_lines = right[:, contact.columns].astype(np.float64)
-        left_products = (left.T @ left[:, used]).astype(np.float64) * weights[used]
+        left_products = (left.T @ left[:, used]).astype(np.float64) * weights
         right_products = (right[used] @ right.T).astype(np.float64)
-        subtracted, beside = left_lines[:, used] * weights[used], right_lines[used]
+        subtracted, beside = left_lines[:, used] * weights, right_lines[used]
         return cls(
             name=name,
             contact=contact,
@@ -246,6 +252,18 @@ def _directions(
 
 def _root(products: FloatArray) -> tuple[FloatArray, FloatArray] | None:
     """Return H (q, r) with H'H = products, and its right inverse (r, q), without directions that are noise."""
+    try:
+        lower = np.asarray(np.linalg.cholesky(products), np.float64)
+    except np.linalg.LinAlgError:
+        return _root_of_noisy(products)
+    inverse = np.asarray(np.linalg.inv(lower), np.float64)
+    # The smallest eigenvalue is at least 1 over the trace of the inverse products.
+    if not np.trace(products) * float(np.vdot(inverse, inverse)) < 1.0 / SOUND:
+        return _root_of_noisy(products)
+    return lower.T, inverse.T
+
+
+def _root_of_noisy(products: FloatArray) -> tuple[FloatArray, FloatArray] | None:
     values, vectors = np.linalg.eigh(products)
     sound = values > 1e-12 * max(values[-1], 0.0)
     if not sound.any() or values[-1] <= 0.0:

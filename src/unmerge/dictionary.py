@@ -269,7 +269,8 @@ def read_task_vector(
     Parameters
     ----------
     digest : str, optional
-        Taken for that of an adapter, whose values are then not read.
+        Taken for that of an adapter, whose values are then not read. A checkpoint that has it is known to belong to the
+        base, and not compared with it again.
     sampled : bool
         Give an adapter a digest of a few of its values, as checkpoints always have.
 
@@ -289,10 +290,11 @@ def read_task_vector(
         _refuse_nested_adapter(path)
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     alignment = align(base.checkpoint, checkpoint, label)
-    fingerprint.check_same_base(alignment, label)
+    found = fingerprint.checkpoint_digest(checkpoint)
+    if found != digest:
+        fingerprint.check_same_base(alignment, label)
     notices = (*checkpoint.notices, *alignment.notices)
-    digest = fingerprint.checkpoint_digest(checkpoint)
-    return TaskVector(label, digest, checkpoint_deltas(alignment), alignment.skipped, notices), "checkpoint"
+    return TaskVector(label, found, checkpoint_deltas(alignment), alignment.skipped, notices), "checkpoint"
 
 
 def _other_base(said: str | None, given: Source) -> tuple[str, ...]:
@@ -1086,8 +1088,9 @@ def _open_entry(
     reference = f"{entry['reference'].partition('@')[0]}@{commit}" if commit else entry.get("path")
     if not isinstance(reference, str):
         raise DictionaryError(f"{path / MANIFEST}: atom {name!r} has neither a path nor a commit")
-    atom = open_atom(reference, base, name=name, cached=cached, allow_pickle=allow_pickle)
-    if atom.vector.digest != entry["digest"]:
+    digest = entry["digest"]
+    atom = open_atom(reference, base, name=name, digest=digest, cached=cached, allow_pickle=allow_pickle)
+    if atom.kind != "checkpoint" or atom.vector.digest != digest:
         raise DictionaryError(f"{path}: atom {name!r} ({reference}) has changed since it was added; build again")
     return replace(atom, source=replace(atom.source, reference=entry["reference"]))
 

@@ -303,13 +303,17 @@ def presence_tests(
     relatives = _relatives(regression.total.gram)
     floor = _noise_floor(regression)
     alike = {atom: set(group) - {atom} for group in groups for atom in group}
-    tests = {}
-    for atom, found in cores(regression, solution.coefficients, relatives, floor, workers=workers).items():
-        own = presence(found, signed=signed)
+    seen = cores(regression, solution.coefficients, relatives, floor, workers=workers)
+
+    def test(atom: int) -> AtomTest:
+        own = presence(seen[atom], signed=signed)
         others = [other for other in relatives[atom] if other in alike.get(atom, ())]
-        grouped = [_joined(core, relatives[atom], others, solution.coefficients) for core in found] if others else None
-        tests[atom] = AtomTest(own, presence(grouped, signed=signed) if grouped else None)
-    return tests
+        if not others:
+            return AtomTest(own, None)
+        grouped = [_joined(core, relatives[atom], others, solution.coefficients) for core in seen[atom]]
+        return AtomTest(own, presence(grouped, signed=signed) if grouped else None)
+
+    return dict(zip(seen, on_threads(test, seen, workers), strict=True))
 
 
 def _noise_floor(regression: Regression) -> dict[str, float]:
