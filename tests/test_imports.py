@@ -22,6 +22,7 @@ ROOMS = [
     {"fingerprint"},
     {"fused"},
     {"float32"},
+    {"cholesky"},
     {"directions"},
     {"torch_blocks"},
     {"accumulate"},

@@ -18,6 +18,7 @@ from unmerge import float32
 from unmerge.accumulate import Contact
 from unmerge.alignment import LAYER
 from unmerge.checkpoint.dtypes import FloatArray
+from unmerge.cholesky import sound_root
 from unmerge.evidence.presence import Core
 from unmerge.parallel import on_threads
 from unmerge.regression import Regression
@@ -27,8 +28,6 @@ Factors = NDArray[np.float32] | FloatArray
 
 WEAKEST = 1e-3
 """Directions below this share of the strongest are left out: their factors are known too badly."""
-SOUND = 1e-8
-"""Share of the trace of a factor's products above which their smallest eigenvalue needs no second look."""
 LEVEL_LINES = 64
 """Rows and columns from which the level of the noise is taken."""
 
@@ -252,15 +251,7 @@ def _directions(
 
 def _root(products: FloatArray) -> tuple[FloatArray, FloatArray] | None:
     """Return H (q, r) with H'H = products, and its right inverse (r, q), without directions that are noise."""
-    try:
-        lower = np.asarray(np.linalg.cholesky(products), np.float64)
-    except np.linalg.LinAlgError:
-        return _root_of_noisy(products)
-    inverse = np.asarray(np.linalg.inv(lower), np.float64)
-    # The smallest eigenvalue is at least 1 over the trace of the inverse products.
-    if not np.trace(products) * float(np.vdot(inverse, inverse)) < 1.0 / SOUND:
-        return _root_of_noisy(products)
-    return lower.T, inverse.T
+    return sound_root(products) or _root_of_noisy(products)
 
 
 def _root_of_noisy(products: FloatArray) -> tuple[FloatArray, FloatArray] | None:

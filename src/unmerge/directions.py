@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from unmerge import float32
 from unmerge.checkpoint.dtypes import DTYPES, FloatArray
 from unmerge.checkpoint.tensor import ArrayTensor
+from unmerge.cholesky import orthonormal
 from unmerge.errors import TargetError
 from unmerge.parallel import on_threads
 from unmerge.task_vector import Delta, Difference, LowRank, TaskVector, blocks
@@ -134,13 +135,13 @@ def leading(delta: Delta, rank: int, generator: np.random.Generator) -> LowRank 
     if not product.any():
         return None
     for _ in range(POWER_ITERATIONS):
-        along = _times(change, np.linalg.qr(product)[0])
-        columns, _ = np.linalg.qr(along)
+        along = _times(change, orthonormal(product)[0])
+        columns, _ = orthonormal(along)
         product = _transposed_times(change, columns)
         if float(np.vdot(along, along)) >= STANDING_OUT * energy:
             break
     # The singular values of a tall matrix are those of its small triangle, in a third of the time.
-    rows, triangle = np.linalg.qr(product)
+    rows, triangle = orthonormal(product)
     inner, singular, right = np.linalg.svd(triangle.T)
     right = right @ rows.T
     kept = int(np.count_nonzero(singular[:rank] > SMALLEST * singular[0]))
