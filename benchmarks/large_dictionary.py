@@ -59,6 +59,7 @@ def run(arguments: list[str] | None = None) -> bool:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         _write(folder, options.layers, options.atoms, options.compared)
+        os.sync()  # else the disk is busy with what was written here while the rest is measured
         times = [_measure(folder, number) for number in range(options.repeats)]
         peak = int(subprocess.check_output([sys.executable, "-c", _PROBE, str(folder)]))
         screened, full = (

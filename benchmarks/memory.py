@@ -40,7 +40,7 @@ def attribute(folder):
 attribute(sys.argv[1])
 # The small model is computed in float64; the compiler, like the interpreter, is not the plan's.
 bits = np.zeros(8, "<u2")
-subtract_bf16(bits, bits, np.zeros(8, np.float32))
+subtract_bf16(bits, bits, np.zeros((1, 8), np.float32))
 before = status("VmRSS")
 bound = attribute(sys.argv[2])
 print(status("VmHWM") - before, bound, sum(f.stat().st_size for f in Path(sys.argv[2]).rglob("*.safetensors")))

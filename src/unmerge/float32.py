@@ -290,18 +290,30 @@ class Stack:
             memory = np.empty(total * (rows + columns), np.float32)
         left = memory[: total * rows].reshape(rows, total)
         right = memory[total * rows : total * (rows + columns)].reshape(total, columns)
-        left.fill(0.0)
         for i, delta in changes.items():
             scales[places[i]] = delta.scale
-            last = max(start, min(stop, delta.shape[0]))
-            own = left[: last - start, places[i]]
-            if delta.transposed:
-                _widen_transposed(delta.left_factor, start, last, own)
-                _widen_transposed(delta.right_factor, 0, delta.rank, right[places[i]])
-            else:
-                _widen(delta.left_factor, start, last, own)
-                _widen(delta.right_factor, 0, delta.rank, right[places[i]])
+            read_factors(delta, start, stop, left[:, places[i]], right[places[i]])
         return cls(scales, places, left, right)
+
+
+def read_factors(delta: LowRank, start: int, stop: int, left: FloatArray32, right: FloatArray32) -> None:
+    """Write the factors of a low-rank change without its scale; rows that it does not have are zero.
+
+    Parameters
+    ----------
+    left : array of float32, shape (stop - start, r)
+        For these rows of the left factor.
+    right : array of float32, shape (r, columns)
+    """
+    last = max(start, min(stop, delta.shape[0]))
+    held = left[: last - start]
+    left[last - start :] = 0.0
+    if delta.transposed:
+        _widen_transposed(delta.left_factor, start, last, held)
+        _widen_transposed(delta.right_factor, 0, delta.rank, right)
+    else:
+        _widen(delta.left_factor, start, last, held)
+        _widen(delta.right_factor, 0, delta.rank, right)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -152,11 +152,13 @@ class _Memory:
         """Return both factors without the scale; those of large tensors in float32, whose products are good to 1e-6."""
         if not float32.applies([delta], shape[0] * shape[1]):
             return delta.left(0, shape[0]), delta.right()
-        size = delta.rank * sum(shape)
-        if len(self.values) < size:
-            self.values = np.empty(size, np.float32)
-        found = float32.Stack.read({0: delta}, 0, *shape, self.values)
-        return found.left, found.right
+        rank, (rows, columns) = delta.rank, shape
+        if len(self.values) < rank * (rows + columns):
+            self.values = np.empty(rank * (rows + columns), np.float32)
+        left = self.values[: rank * rows].reshape(rows, rank)
+        right = self.values[rank * rows : rank * (rows + columns)].reshape(rank, columns)
+        float32.read_factors(delta, 0, rows, left, right)
+        return left, right
 
 
 def _low_rank(
