@@ -4,9 +4,9 @@ The attention matrices of 28 layers (822 M parameters, 1.6 GB in BF16), eight ad
 the time of the pass, after which exact coefficients are known, over the longer of reading its bytes and the one large
 GEMM at the rate that this machine's sgemm reaches on the same shapes. Beside it, without a limit here, the same with
 the contacts that the test of presence needs, and the whole answer with tests, weights and intervals: the benchmark
-`presence` sets these over the pass. With ``--whole``, all 7.6 G parameters are compared, and the limit over reading them
-is that of the whole answer too. Medians; the measurements take turns. The checkpoints are synthetic, written before and
-deleted after.
+`presence` sets these over the pass. With ``--whole``, all 7.6 G parameters are compared, and the limit over reading
+them is that of the whole answer too. Medians; the measurements take turns. The checkpoints are synthetic, written
+before and deleted after.
 """
 
 from __future__ import annotations
