@@ -35,7 +35,8 @@ def sound_root(products: FloatArray) -> tuple[FloatArray, FloatArray] | None:
 
 def orthonormal(vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return Q with orthonormal columns and T, upper triangular, with ``Q T = vectors``, shapes (n, r) and (r, r)."""
-    found = sound_root(vectors.T @ vectors)
+    with np.errstate(over="ignore", invalid="ignore"):  # products that overflow have no root
+        found = sound_root(vectors.T @ vectors)
     if found is None:
         columns, triangle = np.linalg.qr(vectors)
         return columns, triangle
