@@ -5,9 +5,8 @@ the same changes as adapters. mergekit merges them; modelDNA and unmerge take th
 candidates. Wall time of whole commands, as users run them, start of the process included; medians, the commands take
 turns, and one turn before warms the page cache. modelDNA 0.1.0 is installed into an environment of its own.
 
-The limit is less time than either tool. modelDNA reads a sample, so that limit is for answers from a sample
-(``--precision``), from its checkpoints too; those that read everything and test who is present have mergekit's time as
-their limit, and are set beside modelDNA's for information.
+The limit is less time than either tool. modelDNA reads a sample, as ours do with ``--precision``; the others read
+everything and test who is present, with the same limit.
 """
 
 from __future__ import annotations
@@ -35,15 +34,13 @@ MODEL_DNA = Path(".cache") / "modeldna"
 VERSION = "0.1.0"
 PRECISION = "0.01"
 THEIRS = ("modelDNA", "mergekit")
-SAMPLED = f"--precision {PRECISION}"
-"""In the names of our commands that read a sample, as modelDNA does."""
 OURS = {
     "unmerge, checkpoints": [*ATOMS],
     "unmerge, dictionary of checkpoints": ["known-checkpoints"],
     "unmerge, dictionary of adapters": ["known-adapters"],
-    f"unmerge, checkpoints, {SAMPLED}": [*ATOMS, "--precision", PRECISION],
-    f"unmerge, dictionary of checkpoints, {SAMPLED}": ["known-checkpoints", "--precision", PRECISION],
-    f"unmerge, dictionary of adapters, {SAMPLED}": ["known-adapters", "--precision", PRECISION],
+    f"unmerge, checkpoints, --precision {PRECISION}": [*ATOMS, "--precision", PRECISION],
+    f"unmerge, dictionary of checkpoints, --precision {PRECISION}": ["known-checkpoints", "--precision", PRECISION],
+    f"unmerge, dictionary of adapters, --precision {PRECISION}": ["known-adapters", "--precision", PRECISION],
 }
 _UNMERGE = (sys.executable, "-m", "unmerge")
 
@@ -172,6 +169,5 @@ def _coefficients(name: str, ended: Ended) -> dict[str, float]:
 
 
 def _print_limits(name: str, times: Mapping[str, float]) -> bool:
-    peers = THEIRS if SAMPLED in name else ("mergekit",)
-    met = [print_ratio(f"{name} over {peer}", times[name] / times[peer], 1.0, "times") for peer in peers]
+    met = [print_ratio(f"{name} over {peer}", times[name] / times[peer], 1.0, "times") for peer in THEIRS]
     return all(met)
